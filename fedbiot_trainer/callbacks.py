@@ -1,0 +1,103 @@
+"""What is shown while a run goes on: one live display in a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback
+
+from .trainer import RoundTrainer
+
+
+class RunProgress:
+    """
+    Progress of a federated run, counted in optimizer steps.
+
+    Args:
+        total_steps (`int`): Alignment and local steps of the whole run.
+        num_rounds (`int`): Rounds of the run.
+        console (`rich.console.Console`): Where to print. Live only if it is a terminal.
+        enabled (`bool`, *optional*, defaults to `True`): Whether to print anything.
+    """
+
+    def __init__(self, total_steps: int, num_rounds: int, console: Console, enabled: bool = True):
+        self.console, self.num_rounds, self.enabled = console, num_rounds, enabled
+        self.total_steps, self.steps_done = total_steps, 0
+        self.started = time.perf_counter()
+        self._where = ""
+        self._live = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=console,
+            transient=True,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._live.add_task("starting", total=total_steps, eta="--:--")
+
+    def __enter__(self) -> "RunProgress":
+        self.started = time.perf_counter()
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._live.stop()
+
+    @property
+    def eta(self) -> str:
+        """Time left, as `m:ss`, from the mean time per step so far."""
+        if self.steps_done == 0:
+            return "--:--"
+        elapsed = time.perf_counter() - self.started
+        seconds = round(elapsed / self.steps_done * (self.total_steps - self.steps_done))
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+    def phase(self, server_round: int, phase: str):
+        """Say what happens now. Round 0 is what comes before the first round."""
+        where = f"round {server_round}/{self.num_rounds}" if server_round else "start"
+        self._where = f"{where} · {phase}"
+        self._live.update(self._task, description=self._where)
+
+    def step(self, loss: float):
+        """Count one optimizer step."""
+        self.steps_done += 1
+        self._live.update(
+            self._task, advance=1, description=f"{self._where} · loss {loss:.3f}", eta=self.eta, refresh=False
+        )
+
+    def skip(self, steps: int):
+        """Count steps that will not be taken, so that the end of the bar is the end of the run."""
+        self.total_steps -= steps
+        self._live.update(self._task, total=self.total_steps)
+
+    def line(self, text: str):
+        """Print a line above the live display."""
+        if self.enabled:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def round_line(self, record: dict):
+        """Print a round's numbers."""
+        width = len(str(self.num_rounds))
+        parts = [f"round {record['server_round']:>{width}}/{self.num_rounds}"]
+        if record["alignment_l2"] is not None:
+            parts.append(f"align L2 {record['alignment_l2']:.4f}")
+        parts.append("  ".join(f"{name} {loss:.3f}" for name, loss in record["client_losses"].items()))
+        if record["adap_emu_loss"] is not None:
+            parts.append(f"AdapEmu {record['adap_emu_loss']:.4f}  AdapFu {record['adap_fu_loss']:.4f}")
+        parts.append(f"{sum(record['seconds'].values()):.1f} s, ETA {self.eta}")
+        self.line(" | ".join(parts))
+        for name, reason in record["refused"].items():
+            self.line(f"  [yellow]refused the update of client '{name}': {reason}[/yellow]")
+
+
+class StepReporter(TrainerCallback):
+    """Tells a [`RunProgress`] about each optimizer step of a trainer."""
+
+    def __init__(self, progress: RunProgress, trainer: RoundTrainer, metric: str):
+        self.progress, self.trainer, self.metric = progress, trainer, metric
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.step(self.trainer.step_metrics[self.metric][-1])

@@ -1,0 +1,258 @@
+"""Every knob of a federated run, on top of TRL's `SFTConfig`."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+
+PARTITIONS = ("iid", "dirichlet", "by-column")
+
+
+@dataclass
+class FedBiOTConfig(SFTConfig):
+    r"""
+    Configuration of a FedBiOT run ([paper](https://huggingface.co/papers/2406.17706)).
+
+    It is an [`~trl.SFTConfig`]: `learning_rate`, `per_device_train_batch_size`, `max_length`, `packing` and the rest
+    mean what they mean there and hold for the **clients'** local steps. The fields below are the federation's.
+
+    Parameters:
+        > Parameters that control the split
+
+        num_adapter_layers (`int`, *optional*, defaults to `2`):
+            Decoder layers nearest to the output that the clients train a LoRA on (the adapter layers).
+        emulator_drop_ratio (`float`, *optional*, defaults to `0.5`):
+            Share of the layers below the adapter layers that the emulator leaves out, in `[0, 1)` (the paper's beta,
+            0.2 and 0.5 there).
+        emulator_lora_r (`int`, *optional*):
+            Rank of the emulator LoRA. `None` takes the rank of the client LoRA. The ratio `lora_alpha / r` is kept.
+
+        > Parameters that control the federation
+
+        num_rounds (`int`, *optional*, defaults to `500`):
+            Number of rounds.
+        local_steps (`int`, *optional*, defaults to `30`):
+            Optimizer steps of each sampled client in a round.
+        fraction_train (`float`, *optional*, defaults to `1.0`):
+            Share of the clients sampled in a round, in `(0, 1]`. At least one client is always sampled.
+        proximal_weight (`float`, *optional*, defaults to `0.01`):
+            Weight of the proximal term that holds a client near the round's starting point (the paper's epsilon).
+            0 turns it off.
+        use_wire_format (`bool`, *optional*, defaults to `True`):
+            Whether payloads are encoded to bytes and checked on arrival in a one-process run too. If `False`, objects
+            are handed over as they are and no bytes are counted.
+
+        > Parameters that control the alignment
+
+        initial_alignment_steps (`int`, *optional*, defaults to `500`):
+            Optimizer steps of the emulator LoRA before the first round.
+        alignment_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps of the emulator LoRA at the start of each round.
+        alignment_kl_weight (`float`, *optional*, defaults to `0.9`):
+            Weight of the KL divergence next to the hidden-state distance (the paper's lambda). 0 skips the logits.
+        alignment_learning_rate (`float`, *optional*, defaults to `5e-4`):
+            Learning rate of the emulator LoRA.
+        alignment_batch_size (`int`, *optional*, defaults to `8`):
+            Public examples per alignment step and device.
+
+        > Parameters that split one training set among simulated clients
+
+        num_clients (`int`, *optional*, defaults to `3`):
+            Number of clients to make of `train_dataset`. Not used when `client_datasets` are given.
+        partition (`str`, *optional*, defaults to `"iid"`):
+            `"iid"`, `"dirichlet"` (label skew over `partition_column`) or `"by-column"` (one client per value of
+            `partition_column`; `num_clients` is not used).
+        partition_column (`str`, *optional*):
+            Column that holds the label, domain or language of an example.
+        dirichlet_alpha (`float`, *optional*, defaults to `0.5`):
+            Concentration of the Dirichlet distribution; smaller is more skewed.
+
+        > Parameters that control evaluation and output
+
+        eval_rounds (`int`, *optional*, defaults to `1`):
+            Evaluate AdapEmu and AdapFu every this many rounds (and always after the last). 0 evaluates only then.
+        eval_exact_match (`bool`, *optional*, defaults to `False`):
+            Whether the final evaluation also generates greedily from the prompts of the evaluation set
+            (prompt-completion form) and counts completions that are equal to the reference.
+        eval_max_new_tokens (`int`, *optional*, defaults to `64`):
+            Tokens to generate at most per prompt for `eval_exact_match`.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete the files that an earlier run left in `output_dir`. If `False`, such a folder is refused.
+
+    > [!NOTE]
+    > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 5e-4, `lr_scheduler_type` `"constant"`,
+    > `adam_beta2` 0.95 (all as in the paper's code), `gradient_checkpointing` `False` (nothing below the adapter layers
+    > keeps activations for a client's backward pass), and `bf16` follows what the machine has. `warmup_steps` and
+    > `lr_scheduler_type` span all rounds of a client, not one round.
+    """
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the clients' AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Learning-rate schedule of a client, over all its rounds."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW, for clients and alignment."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Deprecated in transformers: use activation_checkpointing. Off by default here."},
+    )
+
+    # Split
+    num_adapter_layers: int = field(
+        default=2, metadata={"help": "Decoder layers nearest to the output that the clients train a LoRA on."}
+    )
+    emulator_drop_ratio: float = field(
+        default=0.5,
+        metadata={"help": "Share of the layers below the adapter layers that the emulator drops, in [0, 1) (beta)."},
+    )
+    emulator_lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of the emulator LoRA. Defaults to the rank of the client LoRA."}
+    )
+
+    # Federation
+    num_rounds: int = field(default=500, metadata={"help": "Number of rounds."})
+    local_steps: int = field(default=30, metadata={"help": "Optimizer steps of each sampled client in a round."})
+    fraction_train: float = field(
+        default=1.0, metadata={"help": "Share of the clients sampled in a round, in (0, 1]."}
+    )
+    proximal_weight: float = field(
+        default=0.01, metadata={"help": "Weight of the clients' proximal term (epsilon). 0 turns it off."}
+    )
+    use_wire_format: bool = field(
+        default=True,
+        metadata={"help": "Encode and check every payload in a one-process run too. If False, no bytes are counted."},
+    )
+
+    # Alignment
+    initial_alignment_steps: int = field(
+        default=500, metadata={"help": "Optimizer steps of the emulator LoRA before the first round."}
+    )
+    alignment_steps: int = field(
+        default=10, metadata={"help": "Optimizer steps of the emulator LoRA at the start of each round."}
+    )
+    alignment_kl_weight: float = field(
+        default=0.9,
+        metadata={"help": "Weight of the KL divergence in the alignment loss (lambda). 0 skips the logits."},
+    )
+    alignment_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the emulator LoRA."})
+    alignment_batch_size: int = field(default=8, metadata={"help": "Public examples per alignment step and device."})
+
+    # Partition
+    num_clients: int = field(default=3, metadata={"help": "Number of clients to make of the training set."})
+    partition: str = field(
+        default="iid",
+        metadata={"help": "How the training set is split among clients.", "choices": list(PARTITIONS)},
+    )
+    partition_column: str | None = field(
+        default=None, metadata={"help": "Column with the label or domain, for partition dirichlet and by-column."}
+    )
+    dirichlet_alpha: float = field(
+        default=0.5, metadata={"help": "Concentration of the Dirichlet partition; smaller is more skewed."}
+    )
+
+    # Evaluation and output
+    eval_rounds: int = field(
+        default=1, metadata={"help": "Evaluate every this many rounds and after the last; 0: only after the last."}
+    )
+    eval_exact_match: bool = field(
+        default=False,
+        metadata={"help": "Generate greedily at the end and count completions equal to the reference."},
+    )
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens to generate at most per prompt."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run left in output_dir instead of refusing it."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        self._check_ranges()
+        self._check_training_arguments()
+
+    def _check_ranges(self):
+        if not 0 <= self.emulator_drop_ratio < 1:
+            raise ValueError(
+                f"`emulator_drop_ratio` is {self.emulator_drop_ratio}, but it is the share of layers to drop and must "
+                "be in [0, 1). The paper uses 0.2 and 0.5; 0 keeps the full model."
+            )
+        if not 0 < self.fraction_train <= 1:
+            raise ValueError(
+                f"`fraction_train` is {self.fraction_train}, but a share of clients must be in (0, 1]. "
+                "1.0 trains every client in every round."
+            )
+        for name in ("num_adapter_layers", "num_rounds", "local_steps", "num_clients", "alignment_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be at least 1.")
+        if self.emulator_lora_r is not None and self.emulator_lora_r < 1:
+            raise ValueError(
+                f"`emulator_lora_r` is {self.emulator_lora_r}, but a rank must be at least 1. Leave it out to take the "
+                "client LoRA's rank."
+            )
+        non_negative = ("proximal_weight", "alignment_kl_weight", "initial_alignment_steps", "alignment_steps")
+        for name in (*non_negative, "eval_rounds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but it cannot be negative. 0 turns it off.")
+        for name in ("alignment_learning_rate", "dirichlet_alpha", "eval_max_new_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be positive.")
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"`partition` is '{self.partition}', but it must be one of {', '.join(PARTITIONS)}.")
+        if self.partition != "iid" and self.partition_column is None:
+            raise ValueError(
+                f"`partition` is '{self.partition}', which groups examples by a column, but `partition_column` is not "
+                "set. Name the column, or use `partition='iid'`."
+            )
+
+    def _check_training_arguments(self):
+        if self.max_steps > 0:
+            raise ValueError(
+                f"`max_steps` is {self.max_steps}, but a federated run counts `num_rounds` rounds of `local_steps` "
+                "steps per client. Set those two instead."
+            )
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`lr_scheduler_type` is '{self.lr_scheduler_type.value}', which follows a metric within one training, "
+                "but a client trains in rounds. Use 'constant', 'linear' or 'cosine'."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"`neftune_noise_alpha` is {self.neftune_noise_alpha}, but NEFTune trains through noisy embeddings, "
+                "which lie in the frozen emulator. Leave it out."
+            )
+
+    @property
+    def aligns(self) -> bool:
+        """Whether any alignment step is taken in the run."""
+        return self.initial_alignment_steps > 0 or self.alignment_steps > 0
+
+    def client_arguments(self) -> "FedBiOTConfig":
+        """A copy for one client's local steps: `max_steps` is `local_steps`."""
+        args = copy.copy(self)
+        args.max_steps = self.local_steps
+        return args
+
+    def alignment_arguments(self) -> "FedBiOTConfig":
+        """A copy for the alignment: its own learning rate, batch size and steps, every token of the text counts."""
+        args = copy.copy(self)
+        args.max_steps = max(self.initial_alignment_steps, 1)
+        args.learning_rate = self.alignment_learning_rate
+        args.lr_scheduler_type, args.warmup_steps = type(self.lr_scheduler_type)("constant"), 0
+        args.per_device_train_batch_size = self.alignment_batch_size
+        args.gradient_accumulation_steps = 1
+        args.activation_checkpointing = args.gradient_checkpointing = False
+        args.completion_only_loss = False
+        args.assistant_only_loss = False
+        args.packing, args.padding_free = False, False
+        return args
+
+    def quiet(self) -> "FedBiOTConfig":
+        """A copy for a trainer inside a [`FederatedRunner`]: the runner logs, saves and reports, the trainer does not."""
+        args = copy.copy(self)
+        args.report_to = []
+        args.disable_tqdm = True
+        args.push_to_hub = False
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            setattr(args, name, type(getattr(args, name))("no"))
+        return args

@@ -1,0 +1,250 @@
+"""The client LoRA and the emulator LoRA: where they go, how their weights are read, written and saved."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .emulator import EmulatorSplit, build_emulator, split_layers
+
+
+CLIENT = "client"
+EMULATOR = "emulator"
+
+LoraState = dict[str, torch.Tensor]
+
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
+
+
+class SplitModel:
+    """
+    A full model and its emulator, with the LoRAs of FedBiOT on them. All frozen tensors are shared.
+
+    Attributes:
+        split ([`EmulatorSplit`]): Which layers are where.
+        package_model (`PreTrainedModel`): Emulator + adapter layers without any LoRA, as clients receive it.
+        emulator (`PeftModel`): Emulator + adapter layers with the client LoRA and the emulator LoRA active.
+        full (`PeftModel`): The full model with the client LoRA at the full model's layer indices.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_adapter_layers: int,
+        emulator_drop_ratio: float,
+        peft_config: LoraConfig | None = None,
+        emulator_peft_config: LoraConfig | None = None,
+    ):
+        self.split = split_layers(model, num_adapter_layers, emulator_drop_ratio)
+        peft_config = peft_config or LoraConfig(**DEFAULT_LORA)
+        client_config = resolve_peft_config(peft_config, model, self.split, self.split.adapter_indices)
+        emulator_config = resolve_peft_config(emulator_peft_config or peft_config, model, self.split, self.split.kept)
+        self.package_model = build_emulator(model, self.split)
+        self.emulator = add_loras(
+            build_emulator(model, self.split),
+            place_lora(client_config, self.split, self.split.adapter_positions),
+            # Alignment is a regression on fixed targets, and clients run the emulator LoRA frozen: no dropout in either.
+            place_lora(emulator_config, self.split, self.split.emulator_positions, lora_dropout=0.0),
+        )
+        whole = EmulatorSplit(
+            self.split.layers_name,
+            self.split.num_layers,
+            num_adapter_layers,
+            tuple(range(self.split.num_layers - num_adapter_layers)),
+        )
+        self.full = get_peft_model(
+            build_emulator(model, whole),
+            place_lora(client_config, self.split, self.split.adapter_indices),
+            adapter_name=CLIENT,
+        )
+        self.full.requires_grad_(False)
+        self.full.eval()
+        self.plug_in(get_lora_state(self.emulator, CLIENT))
+
+    def plug_in(self, client_lora: LoraState):
+        """Put a client LoRA (keys of the emulator) into the full model."""
+        set_lora_state(self.full, CLIENT, self.split.to_full(client_lora))
+
+    def extract(self) -> LoraState:
+        """The client LoRA in the full model, with the emulator's keys. Inverse of [`plug_in`]."""
+        return self.split.to_emulator(get_lora_state(self.full, CLIENT))
+
+
+def with_rank(config: LoraConfig | None, r: int) -> LoraConfig:
+    """A copy of `config` with another rank and the same `lora_alpha / r`."""
+    config = copy.deepcopy(config or LoraConfig(**DEFAULT_LORA))
+    config.lora_alpha, config.r = config.lora_alpha * r / config.r, r
+    return config
+
+
+def resolve_peft_config(
+    config: LoraConfig, model: PreTrainedModel, split: EmulatorSplit, layers: tuple[int, ...]
+) -> LoraConfig:
+    """
+    Check a user's LoRA configuration and resolve its target modules to names inside a decoder layer.
+
+    Args:
+        config ([`~peft.LoraConfig`]): `target_modules` may be `None` (PEFT's choice for the architecture, else all
+            linear layers), `"all-linear"`, a list of names or a regular expression.
+        model (`PreTrainedModel`): The full model.
+        split ([`EmulatorSplit`]): Its split.
+        layers (`tuple[int, ...]`): Indices in the full model of the layers that get the LoRA.
+
+    Returns:
+        [`~peft.LoraConfig`]: A copy whose `target_modules` is a list.
+
+    Raises:
+        TypeError: If it is not a `LoraConfig`.
+        ValueError: If it asks for something other than LoRA matrices on decoder layers, or matches nothing there.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}.")
+    _refuse_unsupported(config)
+    config = copy.deepcopy(config)
+    targets = config.target_modules
+    if targets is None:
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, "all-linear")
+    if not isinstance(targets, str):
+        targets = sorted(targets)
+    probe = copy.deepcopy(config)
+    probe.target_modules = targets
+    linear, matched = set(), set()
+    for index in layers:
+        layer_name = f"{split.layers_name}.{index}"
+        for path, module in model.get_submodule(layer_name).named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__:
+                linear.add(path)
+                if targets == "all-linear" or check_target_module_exists(probe, f"{layer_name}.{path}"):
+                    matched.add(path)
+    if not matched:
+        raise ValueError(
+            f"`target_modules` is {targets}, which matches no linear layer in the adapter layers of "
+            f"{type(model).__name__}. There are: {', '.join(sorted(linear))}."
+        )
+    config.target_modules = _short_names(matched, linear)
+    return config
+
+
+def _refuse_unsupported(config: LoraConfig):
+    refused = {
+        "modules_to_save": "whole modules would leave the server and come back trained",
+        "trainable_token_indices": "embeddings belong to the frozen emulator",
+        "target_parameters": "PEFT cannot restrict it to the adapter layers",
+        "layers_to_transform": "`num_adapter_layers` decides it",
+        "layers_pattern": "it is found from the model",
+        "use_dora": "the proximal term is defined for the product of two matrices",
+    }
+    for name, reason in refused.items():
+        if getattr(config, name, None):
+            raise ValueError(f"`{name}` is {getattr(config, name)} in `peft_config`, but {reason}. Leave it out.")
+    if config.bias != "none":
+        raise ValueError(f"`bias` is '{config.bias}' in `peft_config`, but biases are frozen. Use `bias='none'`.")
+    if config.init_lora_weights not in (True, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"`init_lora_weights` is {config.init_lora_weights!r} in `peft_config`, but a LoRA must start as a zero "
+            "update and leave the base weights alone. Use True, 'gaussian' or 'orthogonal'."
+        )
+
+
+def _short_names(matched: set[str], linear: set[str]) -> list[str]:
+    """`q_proj` instead of `self_attn.q_proj` where no unmatched module has that name too."""
+    unmatched_names = {path.rpartition(".")[2] for path in linear - matched}
+    names = {path.rpartition(".")[2] for path in matched}
+    return sorted(names) if not names & unmatched_names else sorted(matched)
+
+
+def place_lora(config: LoraConfig, split: EmulatorSplit, layers: tuple[int, ...], **changes) -> LoraConfig:
+    """A copy of `config` for the decoder layers at `layers`."""
+    config = copy.deepcopy(config)
+    config.layers_to_transform = list(layers)
+    config.layers_pattern = [split.layers_name.rpartition(".")[2]]
+    config.task_type = "CAUSAL_LM"
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_config: LoraConfig) -> PeftModel:
+    """Both LoRAs on one model, both active, neither trainable."""
+    model = get_peft_model(emulator, client_config, adapter_name=CLIENT)
+    model.add_adapter(EMULATOR, emulator_config)
+    model.base_model.set_adapter([CLIENT, EMULATOR])
+    model.requires_grad_(False)
+    return model
+
+
+def set_trainable_lora(model: PeftModel, adapter: str):
+    """Let only the LoRA `adapter` have gradients."""
+    model.requires_grad_(False)
+    for _, parameter in _lora_parameters(model, adapter):
+        parameter.requires_grad_(True)
+
+
+def _lora_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    infix = f".{adapter}."
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and infix in name:
+            yield name.replace(infix, "."), parameter
+
+
+def get_lora_state(model: PeftModel, adapter: str) -> LoraState:
+    """Copies of the LoRA's tensors on the CPU, under the keys of a saved PEFT folder."""
+    return {key: parameter.detach().to("cpu", copy=True) for key, parameter in _lora_parameters(model, adapter)}
+
+
+def set_lora_state(model: PeftModel, adapter: str, state: LoraState):
+    """
+    Write a state from [`get_lora_state`] into the model.
+
+    Raises:
+        ValueError: If a key is missing or unknown.
+    """
+    parameters = dict(_lora_parameters(model, adapter))
+    if parameters.keys() != state.keys():
+        odd = sorted(parameters.keys() ^ state.keys())
+        raise ValueError(
+            f"The {adapter} LoRA's tensors do not match the model's: {len(odd)} differ, first `{odd[0]}`."
+        )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(state[key])
+
+
+def lora_factors(model: PeftModel, adapter: str) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[float]]:
+    """All `(A, B)` of a LoRA, `(r, in_features)` and `(out_features, r)`, and their scalings."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.lora_A]
+    factors = [(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight) for layer in layers]
+    return factors, [layer.scaling[adapter] for layer in layers]
+
+
+def save_lora(folder: str | Path, config: LoraConfig, state: LoraState, base_model: str | None):
+    """Write a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = base_model
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "adapter_model.safetensors")
+
+
+def load_lora(folder: str | Path) -> tuple[LoraConfig, LoraState]:
+    """
+    Read a PEFT folder.
+
+    Raises:
+        FileNotFoundError: If it is not one.
+    """
+    folder = Path(folder)
+    json.loads((folder / "adapter_config.json").read_text())
+    return LoraConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")

@@ -1,0 +1,75 @@
+"""The three losses that FedBiOT adds to fine-tuning, as pure functions of tensors."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+
+def hidden_state_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""
+    Squared distance between hidden states, relative to the teacher's size, summed over tokens:
+    `sum over tokens of mean over hidden units of ((h_T - h_S) / rms(h_T))^2`.
+
+    `rms` is taken over the hidden units of each token, so that a few tokens with huge activations do not outweigh the
+    rest and the value of a token does not depend on the batch it is in.
+
+    Args:
+        student (`torch.Tensor`): `(batch_size, sequence_length, hidden_size)`.
+        teacher (`torch.Tensor`): The same shape.
+        mask (`torch.Tensor`): `(batch_size, sequence_length)`, non-zero where a token is not padding.
+
+    Returns:
+        `torch.Tensor`: A float32 scalar. Divide by the number of tokens for the mean.
+    """
+    mask = mask.bool()
+    student, teacher = student[mask].float(), teacher[mask].float()
+    scale = teacher.pow(2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((teacher - student).pow(2).mean(-1) / scale).sum()
+
+
+def masked_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    `KL(softmax(teacher) || softmax(student))`, summed over the tokens that are not padding.
+
+    Args:
+        student_logits (`torch.Tensor`): `(batch_size, sequence_length, vocab_size)`.
+        teacher_logits (`torch.Tensor`): The same shape.
+        mask (`torch.Tensor`): `(batch_size, sequence_length)`, non-zero where a token is not padding.
+
+    Returns:
+        `torch.Tensor`: A float32 scalar in nats. Divide by the number of tokens for the mean.
+    """
+    mask = mask.bool()
+    student = F.log_softmax(student_logits[mask].float(), dim=-1)
+    teacher = F.log_softmax(teacher_logits[mask].float(), dim=-1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def proximal_term(
+    lora: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    reference: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    scalings: Iterable[float],
+) -> torch.Tensor:
+    r"""
+    `sum over matrices of ||s B A - s B_t A_t||_F^2`, the squared distance of the weight updates from the reference.
+
+    With `B A - B_t A_t = U V` for `U = [B - B_t, B_t]` and `V = [A; A - A_t]`, the norm is the inner product of the
+    Gram matrices `U^T U` and `V V^T`, both `2r x 2r`: no product of the weight's size is made. The factors hold
+    differences, so nothing cancels when a client is still near its starting point.
+
+    Args:
+        lora (iterable of `(A, B)`): Trained factors, `(r, in_features)` and `(out_features, r)`.
+        reference (iterable of `(A_t, B_t)`): The factors as received, in the same order.
+        scalings (iterable of `float`): LoRA scaling `s` of each matrix.
+
+    Returns:
+        `torch.Tensor`: A float32 scalar with a gradient to every `A` and `B`.
+    """
+    total = torch.zeros(())
+    for (a, b), (a_t, b_t), scaling in zip(lora, reference, scalings, strict=True):
+        a, b, a_t, b_t = a.float(), b.float(), a_t.float(), b_t.float()
+        u = torch.cat([b - b_t, b_t], dim=1)
+        v = torch.cat([a, a - a_t], dim=0)
+        total = total.to(a.device) + scaling**2 * ((u.mT @ u) * (v @ v.mT)).sum()
+    return total

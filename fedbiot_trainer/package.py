@@ -1,0 +1,93 @@
+"""What a client is given once: emulator + adapter layers as a plain Hugging Face model folder, and two PEFT folders."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .lora import CLIENT, EMULATOR, LoraState, add_loras, load_lora, save_lora, set_lora_state
+
+
+MANIFEST = "fedbiot.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class EmulatorPackage:
+    """
+    Emulator + adapter layers with the state of both LoRAs.
+
+    Attributes:
+        model (`PreTrainedModel`): Emulator + adapter layers. No dropped layer is in it.
+        num_adapter_layers (`int`): Layers nearest to the output that clients train.
+        client_config, emulator_config ([`~peft.LoraConfig`]): Where the two LoRAs go.
+        client_lora, emulator_lora (`dict[str, torch.Tensor]`): Their tensors.
+    """
+
+    model: PreTrainedModel
+    num_adapter_layers: int
+    client_config: LoraConfig
+    emulator_config: LoraConfig
+    client_lora: LoraState
+    emulator_lora: LoraState
+
+    def save(self, folder: str | Path, processing_class: PreTrainedTokenizerBase | None = None) -> int:
+        """
+        Write the package as a folder that `AutoModelForCausalLM.from_pretrained` loads, with the PEFT folders
+        `client_lora/` and `emulator_lora/` in it.
+
+        Returns:
+            `int`: Bytes written.
+        """
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+        manifest = {"schema_version": SCHEMA_VERSION, "num_adapter_layers": self.num_adapter_layers}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        self.save_loras(folder)
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def save_loras(self, folder: str | Path):
+        """Write only the two PEFT folders, into a package that exists."""
+        save_lora(Path(folder) / "client_lora", self.client_config, self.client_lora, base_model=None)
+        save_lora(Path(folder) / "emulator_lora", self.emulator_config, self.emulator_lora, base_model=None)
+
+    @classmethod
+    def load(cls, folder: str | Path, **model_init_kwargs) -> "EmulatorPackage":
+        """
+        Read a folder that [`save`] wrote.
+
+        Args:
+            folder (`str` or `Path`): The folder.
+            **model_init_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...).
+
+        Raises:
+            FileNotFoundError: If the folder is not an emulator package.
+            ValueError: If a newer version of this library wrote it.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"'{folder}' is not an emulator package: it has no {MANIFEST}. The server writes one to "
+                "`output_dir/emulator_package`."
+            )
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"The emulator package '{folder}' has schema version {manifest['schema_version']}, this library reads "
+                f"{SCHEMA_VERSION}. Install the version of fedbiot-trainer that the server uses."
+            )
+        model = AutoModelForCausalLM.from_pretrained(folder, **model_init_kwargs)
+        client_config, client_lora = load_lora(folder / "client_lora")
+        emulator_config, emulator_lora = load_lora(folder / "emulator_lora")
+        return cls(model, manifest["num_adapter_layers"], client_config, emulator_config, client_lora, emulator_lora)
+
+    def peft_model(self) -> PeftModel:
+        """The model with both LoRAs on it, loaded and active. `self.model` is changed in place, as PEFT does."""
+        model = add_loras(self.model, self.client_config, self.emulator_config)
+        set_lora_state(model, CLIENT, self.client_lora)
+        set_lora_state(model, EMULATOR, self.emulator_lora)
+        return model

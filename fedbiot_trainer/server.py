@@ -1,0 +1,119 @@
+"""The owner side: the full model, the alignment, the average."""
+
+import copy
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .aggregation import federated_average
+from .alignment import EmulatorAlignmentTrainer, split_model
+from .config import FedBiOTConfig
+from .lora import CLIENT, EMULATOR, get_lora_state, set_lora_state
+from .package import EmulatorPackage
+from .payload import ClientUpdate, PayloadError, RoundStart, check_lora
+
+
+class FederatedServer:
+    """
+    The model owner. It keeps the state of both LoRAs and turns client updates into the next client LoRA.
+
+    Args:
+        model (`PreTrainedModel`): The full model. Its tensors are shared, not copied, and stay as they are.
+        args ([`FedBiOTConfig`]): Configuration.
+        public_dataset ([`~datasets.Dataset`], *optional*): Public text for the alignment.
+        processing_class (`PreTrainedTokenizerBase`): The model's tokenizer.
+        peft_config, emulator_peft_config ([`~peft.LoraConfig`], *optional*): The two LoRAs.
+
+    Attributes:
+        client_lora, emulator_lora (`dict[str, torch.Tensor]`): The LoRAs as of now, on the CPU. What the modules hold
+            between two calls has no meaning.
+
+    Raises:
+        ValueError: If alignment is on and there is no public dataset, or the model cannot be split.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: FedBiOTConfig,
+        public_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None = None,
+        emulator_peft_config: LoraConfig | None = None,
+    ):
+        if args.aligns and (public_dataset is None or len(public_dataset) == 0):
+            raise ValueError(
+                f"`public_dataset` is {'None' if public_dataset is None else 'empty'}, but the emulator is aligned on "
+                f"public text (`initial_alignment_steps` is {args.initial_alignment_steps}, `alignment_steps` is "
+                f"{args.alignment_steps}). Pass public text, or set both to 0."
+            )
+        self.args = args
+        self.processing_class = processing_class
+        self.split_model = split_model(model, args, peft_config, emulator_peft_config)
+        self.client_lora = get_lora_state(self.split_model.emulator, CLIENT)
+        self.emulator_lora = get_lora_state(self.split_model.emulator, EMULATOR)
+        self.trainer = None
+        if args.aligns:
+            self.trainer = EmulatorAlignmentTrainer(
+                self.split_model, args, public_dataset, processing_class=processing_class
+            )
+
+    def load(self):
+        """Put the server's state of both LoRAs into the modules, the client LoRA into the full model as well."""
+        set_lora_state(self.split_model.emulator, CLIENT, self.client_lora)
+        set_lora_state(self.split_model.emulator, EMULATOR, self.emulator_lora)
+        self.split_model.plug_in(self.client_lora)
+
+    def align(self, num_steps: int) -> dict[str, float]:
+        """
+        Take `num_steps` alignment steps.
+
+        Returns:
+            `dict[str, float]`: `alignment_l2` and, with a KL weight, `alignment_kl`: means over the last ten steps.
+        """
+        if num_steps == 0:
+            return {}
+        self.load()
+        self.trainer.take_steps(num_steps)
+        self.emulator_lora = get_lora_state(self.split_model.emulator, EMULATOR)
+        return {name: sum(values[-10:]) / len(values[-10:]) for name, values in self.trainer.step_metrics.items()}
+
+    def package(self) -> EmulatorPackage:
+        """What a client needs once, with the LoRAs as of now."""
+        split_model = self.split_model
+        return EmulatorPackage(
+            split_model.package_model,
+            split_model.split.num_adapter_layers,
+            split_model.emulator.peft_config[CLIENT],
+            split_model.emulator.peft_config[EMULATOR],
+            self.client_lora,
+            self.emulator_lora,
+        )
+
+    def start_round(self, server_round: int) -> bytes | RoundStart:
+        """The payload for every client of the round."""
+        start = RoundStart(server_round, self.client_lora, self.emulator_lora)
+        return start.to_bytes() if self.args.use_wire_format else start
+
+    def receive(self, server_round: int, client: str, reply: bytes | ClientUpdate) -> ClientUpdate:
+        """
+        Check a client's answer.
+
+        Raises:
+            PayloadError: If it is damaged, from another round or client, of the wrong shape, or not finite.
+        """
+        update = ClientUpdate.from_bytes(reply, server_round) if isinstance(reply, bytes) else reply
+        update.check(server_round)
+        if update.client != client:
+            raise PayloadError(f"it is signed by client '{update.client}'")
+        check_lora("client LoRA", update.client_lora, self.client_lora)
+        return update
+
+    def aggregate(self, updates: list[ClientUpdate]):
+        """Make the checked updates of a round the next client LoRA."""
+        self.client_lora = federated_average(updates)
+
+    def final_config(self) -> LoraConfig:
+        """The client LoRA's configuration, with the full model's layer indices."""
+        return copy.deepcopy(self.split_model.full.peft_config[CLIENT])

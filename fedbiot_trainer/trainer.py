@@ -1,0 +1,193 @@
+"""What the client's trainer and the alignment trainer have in common: many short trainings of one LoRA."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from transformers import get_scheduler, set_seed
+from trl import SFTTrainer
+
+from .config import FedBiOTConfig
+from .lora import set_trainable_lora
+
+
+class StepSampler(Sampler[list[int]]):
+    """
+    The batches `start`, ..., `stop - 1` of an endless pass over a dataset that is reshuffled every epoch.
+
+    Order and batches are those of a plain `Trainer` with the same seed that runs from batch 0, so a training that is
+    cut into rounds sees the data in the same order.
+
+    Args:
+        num_examples (`int`): Size of the dataset.
+        batch_size (`int`): Examples per batch. The last batch of an epoch may be smaller.
+        seed (`int`): Epoch `e` is shuffled with `seed + e`.
+        start, stop (`int`): Range of batches.
+        drop_last (`bool`, *optional*, defaults to `False`): Whether to leave out an epoch's smaller last batch.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int, start: int, stop: int, drop_last: bool = False):
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self.start, self.stop, self.drop_last = start, stop, drop_last
+        batches = num_examples / batch_size
+        self.batches_per_epoch = math.floor(batches) if drop_last else math.ceil(batches)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"`per_device_train_batch_size` is {batch_size}, but there are only {num_examples} examples and "
+                "`dataloader_drop_last` is set, so there is no batch. Use smaller batches."
+            )
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = None, []
+        for index in range(self.start, self.stop):
+            if index // self.batches_per_epoch != epoch:
+                epoch = index // self.batches_per_epoch
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                order = torch.randperm(self.num_examples, generator=generator).tolist()
+            first = index % self.batches_per_epoch * self.batch_size
+            yield order[first : first + self.batch_size]
+
+
+class RoundTrainer(SFTTrainer):
+    """
+    An [`~trl.SFTTrainer`] of one of the two LoRAs, whose every `train()` call takes the next `args.max_steps` steps of
+    an endless pass over its data, with a fresh optimizer.
+
+    Attributes:
+        adapter (`str`): Name of the LoRA that it trains.
+        steps_done (`int`): Optimizer steps taken in earlier calls; set it to continue somewhere else.
+        total_steps (`int`): Steps over which the learning-rate schedule runs.
+    """
+
+    adapter: str
+
+    def __init__(self, model, args: FedBiOTConfig, total_steps: int, train_dataset: Dataset, **kwargs):
+        if not isinstance(train_dataset, Dataset):
+            raise TypeError(
+                f"`train_dataset` must be a `datasets.Dataset`, got {type(train_dataset).__name__}. Rounds need to "
+                "know where in the data they are, which a stream cannot tell."
+            )
+        if kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("`optimizers` cannot be passed: every round starts with a fresh optimizer.")
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.steps_done = 0
+        self.total_steps = total_steps
+        self.step_metrics: dict[str, list[float]] = defaultdict(list)
+        self._check_vocabulary()
+
+    def _check_vocabulary(self):
+        size, rows = len(self._tokenizer), self.model.get_input_embeddings().weight.shape[0]
+        # Under ZeRO-3 the local shard is empty; DeepSpeed keeps the shape aside.
+        rows = getattr(self.model.get_input_embeddings().weight, "ds_shape", (rows,))[0]
+        if size > rows:
+            raise ValueError(
+                f"`processing_class` has a vocabulary of {size} tokens, but the model's embedding has {rows} rows. Use "
+                "the model's own tokenizer, or resize the full model's embedding before you split it."
+            )
+
+    def prepare(self, dataset: Dataset, name: str) -> Dataset:
+        """
+        Tokenize a dataset as the trainer's own is, without packing if `args.packing` is off.
+
+        Raises:
+            ValueError: If it has no example with a token to train on.
+        """
+        if len(dataset) == 0:
+            raise ValueError(f"The dataset of {name} is empty.")
+        prepared = self._prepare_dataset(
+            dataset, self.processing_class, self.args, self.args.packing, self._formatting_func, name
+        )
+        if len(prepared) == 0:
+            raise ValueError(
+                f"The dataset of {name} has no token to train on: in each of its {len(dataset)} examples everything "
+                f"within `max_length` ({self.args.max_length}) is masked. Raise `max_length`, or check the completions."
+            )
+        return prepared
+
+    def record(self, name: str, value: torch.Tensor):
+        """Keep a scalar of this step, for the logs and for `step_metrics`."""
+        self._metrics["train" if self.model.training else "eval"][name].append(value.item())
+        if self.model.training:
+            self.step_metrics[name].append(self._metrics["train"][name][-1])
+
+    def get_train_dataloader(self) -> DataLoader:
+        micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        first = self.steps_done * micro_batches
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        sampler = StepSampler(
+            len(dataset),
+            self.args.per_device_train_batch_size,
+            seed,
+            first,
+            first + self.args.max_steps * micro_batches,
+            self.args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=optimizer or self.optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(self.total_steps),
+                num_training_steps=self.total_steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            )
+            # The optimizer is new in every round, the schedule goes on where the last round left it.
+            scheduler.lr_lambdas = [
+                lambda step, schedule=schedule, offset=self.steps_done: schedule(step + offset)
+                for schedule in scheduler.lr_lambdas
+            ]
+            for group, rate, schedule in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * schedule(0)
+            self.lr_scheduler = scheduler
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def train(self, *args, seed: int | None = None, **kwargs):
+        """
+        Take the next `args.max_steps` steps.
+
+        Args:
+            seed (`int`, *optional*): Seed of dropout in these steps. `None` takes `args.seed`.
+        """
+        set_seed(self.args.seed if seed is None else seed)
+        set_trainable_lora(self.model, self.adapter)
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.step_metrics.clear()
+        # Accelerate wraps `forward` for mixed precision at every call; without this the wrappers would pile up.
+        forward = vars(self.model).get("forward")
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            vars(self.model).pop("forward", None)
+            if forward is not None:
+                self.model.forward = forward
+        self.steps_done += self.args.max_steps
+        return output
+
+    def take_steps(self, num_steps: int, seed: int | None = None):
+        """[`train`] for `num_steps` steps."""
+        self.args.max_steps = num_steps
+        return self.train(seed=seed)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Nothing: the card of a federated run describes the whole run and is written by [`FederatedRunner`]."""

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+QUALITY = ["ruff>=0.14"]
+TEST = ["pytest>=8.0", "tensorboard>=2.14"]
+
+setup(
+    name="fedbiot-trainer",
+    version="0.1.0",
+    description="FedBiOT as a Hugging Face Trainer plugin: federated fine-tuning of LLMs without the full model",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords="federated-learning llm fine-tuning lora peft trl transformers privacy",
+    license_expression="Apache-2.0",
+    packages=find_packages(include=["fedbiot_trainer", "fedbiot_trainer.*"]),
+    package_data={"fedbiot_trainer": ["py.typed", "templates/*.md"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "accelerate>=1.15,<2",
+        "datasets>=5.2,<6",
+        "huggingface_hub>=1.0,<2",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "numpy>=2.0",
+        "peft>=0.21,<0.22",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "safetensors>=0.8",
+        "torch>=2.13,<2.14",
+        "transformers>=5.23,<5.24",
+        "trl>=1.16,<1.17",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19"],
+        "evaluate": ["evaluate>=0.4.6"],
+        "test": TEST,
+        "quality": QUALITY,
+        "dev": TEST + QUALITY,
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
