@@ -96,19 +96,9 @@ class EmulatorAlignmentTrainer(RoundTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Write the emulator package."""
-        self.package().save(output_dir or self.args.output_dir, self.processing_class)
-
-    def package(self) -> EmulatorPackage:
-        """The emulator package with both LoRAs as they are now."""
-        model = self.split_model
-        return EmulatorPackage(
-            model.package_model,
-            model.split.num_adapter_layers,
-            model.emulator.peft_config[CLIENT],
-            model.emulator.peft_config[EMULATOR],
-            get_lora_state(model.emulator, CLIENT),
-            get_lora_state(model.emulator, EMULATOR),
-        )
+        emulator = self.split_model.emulator
+        loras = get_lora_state(emulator, CLIENT), get_lora_state(emulator, EMULATOR)
+        EmulatorPackage.of(self.split_model, *loras).save(output_dir or self.args.output_dir, self.processing_class)
 
 
 def split_model(

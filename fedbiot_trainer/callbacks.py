@@ -1,10 +1,14 @@
 """What is shown while a run goes on: one live display in a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from .trainer import RoundTrainer
 
@@ -101,3 +105,40 @@ class StepReporter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.step(self.trainer.step_metrics[self.metric][-1])
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Put the wall time of the block into `seconds[phase]`."""
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started
+
+
+@contextmanager
+def reported(progress: RunProgress, trainer: RoundTrainer | None, metric: str) -> Iterator[None]:
+    """Tell `progress` about the steps that `trainer` takes in the block."""
+    if trainer is None:
+        yield
+        return
+    reporter = StepReporter(progress, trainer, metric)
+    trainer.add_callback(reporter)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(reporter)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Silence the libraries' bars for each preparation step of each client and each file written."""
+    shown = datasets.are_progress_bars_disabled() is False, transformers_logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            transformers_logging.enable_progress_bar()

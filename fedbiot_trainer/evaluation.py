@@ -5,6 +5,66 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .lora import SplitModel
+from .trainer import RoundTrainer
+
+
+class Evaluator:
+    """
+    Evaluates a full model and its emulator on held-out private text.
+
+    Args:
+        models ([`SplitModel`]): The models. Whoever evaluates them loads the LoRAs first.
+        trainer ([`RoundTrainer`]): Tokenizes and collates the text as it does the clients'.
+        dataset ([`~datasets.Dataset`]): Held-out text.
+
+    Raises:
+        ValueError: If `args.eval_exact_match` is set and the text has no plain prompts and completions, or there is no
+            token to evaluate.
+    """
+
+    def __init__(self, models: SplitModel, trainer: RoundTrainer, dataset: Dataset):
+        self.args = trainer.args
+        if self.args.eval_exact_match:
+            _check_generation_columns(dataset)
+        self.models, self.dataset = models, dataset
+        self.processing_class, self.data_collator = trainer.processing_class, trainer.data_collator
+        self.tokens = trainer.prepare(dataset, "`eval_dataset`")
+        self._zero_shot: dict[str, float] = {}
+
+    def zero_shot(self, generate: bool = False) -> dict[str, float]:
+        """The full model without any LoRA. Computed once."""
+        full = self.models.full
+        if not self._zero_shot or (generate and "exact_match" not in self._zero_shot):
+            with full.disable_adapter():
+                self._zero_shot = self._evaluate(full, generate)
+        return self._zero_shot
+
+    def adapted(self, generate: bool = False) -> dict[str, dict[str, float]]:
+        """`adap_emu` (emulator + adapter layers) and `adap_fu` (full model + adapter layers) as of now."""
+        return {
+            "adap_emu": self._evaluate(self.models.emulator, generate),
+            "adap_fu": self._evaluate(self.models.full, generate),
+        }
+
+    def _evaluate(self, model, generate):
+        batch_size = self.args.per_device_eval_batch_size
+        metrics = evaluate_loss(model, self.tokens, self.data_collator, batch_size)
+        if generate:
+            metrics |= evaluate_exact_match(
+                model, self.dataset, self.processing_class, batch_size, self.args.eval_max_new_tokens
+            )
+        return metrics
+
+
+def _check_generation_columns(dataset):
+    columns = dataset.column_names
+    if "prompt" not in columns or "completion" not in columns or not isinstance(dataset[0]["prompt"], str):
+        raise ValueError(
+            "`eval_exact_match` is set, but `eval_dataset` has no plain `prompt` and `completion` columns "
+            f"(it has: {', '.join(columns)}). Bring it into prompt-completion form, or leave the setting out."
+        )
+
 
 @torch.no_grad()
 def evaluate_loss(model: PreTrainedModel, dataset: Dataset, data_collator, batch_size: int) -> dict[str, float]:

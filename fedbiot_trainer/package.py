@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .lora import CLIENT, EMULATOR, LoraState, add_loras, load_lora, save_lora, set_lora_state
+from .lora import CLIENT, EMULATOR, LoraState, SplitModel, add_loras, load_lora, save_lora, set_lora_state
 
 
 MANIFEST = "fedbiot.json"
@@ -32,6 +32,18 @@ class EmulatorPackage:
     emulator_config: LoraConfig
     client_lora: LoraState
     emulator_lora: LoraState
+
+    @classmethod
+    def of(cls, split_model: SplitModel, client_lora: LoraState, emulator_lora: LoraState) -> "EmulatorPackage":
+        """The package of a split model with the given states of the LoRAs."""
+        return cls(
+            split_model.package_model,
+            split_model.split.num_adapter_layers,
+            split_model.emulator.peft_config[CLIENT],
+            split_model.emulator.peft_config[EMULATOR],
+            client_lora,
+            emulator_lora,
+        )
 
     def save(self, folder: str | Path, processing_class: PreTrainedTokenizerBase | None = None) -> int:
         """

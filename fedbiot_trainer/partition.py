@@ -1,11 +1,51 @@
-"""Split one dataset among simulated clients."""
+"""Which client holds which text."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset
 
 from .config import FedBiOTConfig
+
+
+def name_client_datasets(
+    client_datasets: Mapping[str, Dataset] | Sequence[tuple[str, Dataset]] | None,
+    train_dataset: Dataset | None,
+    args: FedBiOTConfig,
+) -> dict[str, Dataset]:
+    """
+    The dataset of each client: those that are given, or `train_dataset` split among clients.
+
+    Raises:
+        ValueError: If not exactly one of the two is given, a name stands twice, a dataset is empty, or the datasets are
+            of different forms so that it is open which tokens to train on.
+    """
+    if (client_datasets is None) == (train_dataset is None):
+        given = "neither" if client_datasets is None else "both"
+        raise ValueError(f"Pass one of `client_datasets` and `train_dataset`; {given} was given.")
+    if client_datasets is None:
+        return partition_dataset(train_dataset, args)
+    pairs = list(client_datasets.items() if isinstance(client_datasets, Mapping) else client_datasets)
+    names = [name for name, _ in pairs]
+    if not pairs:
+        raise ValueError("`client_datasets` is empty: a federation needs at least one client.")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(
+            f"`client_datasets` has the name(s) {', '.join(duplicates)} more than once. Names must differ."
+        )
+    for name, dataset in pairs:
+        if len(dataset) == 0:
+            raise ValueError(f"The dataset of client '{name}' is empty.")
+    forms = {name: "completion" in dataset.column_names for name, dataset in pairs}
+    if args.completion_only_loss is None and len(set(forms.values())) > 1:
+        raise ValueError(
+            "`client_datasets` mixes prompt-completion data with other text "
+            f"({', '.join(name for name, form in forms.items() if form)} have completions, the others do not), so it is "
+            "open which tokens count. Set `completion_only_loss`, or bring all clients into one form."
+        )
+    return dict(pairs)
 
 
 def partition_dataset(dataset: Dataset, args: FedBiOTConfig) -> dict[str, Dataset]:

@@ -1,6 +1,5 @@
 """Tables at the start and the end of a run, and the figure of its rounds."""
 
-import json
 from pathlib import Path
 
 from rich.table import Table
@@ -28,7 +27,7 @@ def count_parameters(model: SplitModel) -> dict[str, float]:
     emulator = sum(p.numel() for p in model.package_model.parameters())
     layers = model.package_model.get_submodule(model.split.layers_name)
     adapter_layers = sum(p.numel() for i in model.split.adapter_positions for p in layers[i].parameters())
-    lora = {name: 0 for name in ("client", "emulator")}
+    lora = dict.fromkeys(("client", "emulator"), 0)
     for name, parameter in model.emulator.named_parameters():
         for adapter in lora:
             lora[adapter] += parameter.numel() if f".{adapter}." in name and "lora_" in name else 0
@@ -100,18 +99,29 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def plot_rounds(rounds_file: str | Path, image_file: str | Path):
+def result_lines(summary: dict, folder: Path) -> list[str]:
+    """Bytes, time and place of the results."""
+    lines = [""]
+    sizes = summary["bytes"]
+    if sizes["up"] is not None:
+        lines.append(
+            f"bytes: {format_bytes(sizes['down'])} down and {format_bytes(sizes['up'])} up in {summary['rounds']} "
+            f"rounds, {format_bytes(sizes['once_per_client'])} once to each client"
+        )
+    return [*lines, f"time: {summary['seconds']['total']:.0f} s, results in {folder}"]
+
+
+def plot_rounds(records: list[dict], image_file: str | Path):
     """
     Draw the losses and the alignment over the rounds.
 
     Args:
-        rounds_file (`str` or `Path`): `rounds.jsonl` of a run.
+        records (`list[dict]`): The objects of `rounds.jsonl`, at least one.
         image_file (`str` or `Path`): Image to write; the suffix decides the format.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    records = [json.loads(line) for line in Path(rounds_file).read_text().splitlines()]
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, alignment = figure.subplots(1, 2)
 

@@ -1,17 +1,10 @@
 """The round loop in one process: server -> payload -> client -> payload -> server."""
 
-import gc
-import importlib.metadata
-import json
 import math
 import random
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import datasets
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
@@ -29,21 +22,17 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
-from transformers.utils import logging as transformers_logging
 
-from .callbacks import RunProgress, StepReporter
+from .callbacks import RunProgress, no_progress_bars, reported, timed
 from .client import ClientSFTTrainer, FederatedClient
 from .config import FedBiOTConfig
-from .evaluation import evaluate_exact_match, evaluate_loss
-from .lora import save_lora
-from .model_card import write_model_card
-from .partition import partition_dataset
+from .evaluation import Evaluator
+from .partition import name_client_datasets
 from .payload import PayloadError
-from .report import count_parameters, format_bytes, plot_rounds, result_table, split_table
+from .report import count_parameters, result_lines, result_table, split_table
+from .run_folder import RunFolder
 from .server import FederatedServer
-
-
-RUN_FILES = ("rounds.jsonl", "summary.json", "rounds.png", "emulator_package", "client_lora")
+from .trainer import frozen_garbage
 
 
 class FederatedRunner:
@@ -72,6 +61,11 @@ class FederatedRunner:
         callbacks (`list[TrainerCallback]`, *optional*):
             Called like a trainer's, with a round in the place of a step: `state.global_step` is the round.
 
+    Attributes:
+        server ([`FederatedServer`]): The model owner.
+        clients (`dict[str, FederatedClient]`): The data owners, by name.
+        summary (`dict`): Content of `summary.json`, once [`train`] has ended.
+
     Raises:
         ValueError: Before any training, if the configuration, a dataset or `output_dir` cannot work.
     """
@@ -80,7 +74,7 @@ class FederatedRunner:
         self,
         model: str | PreTrainedModel,
         args: FedBiOTConfig,
-        client_datasets: Mapping[str, Dataset] | list[tuple[str, Dataset]] | None = None,
+        client_datasets: Mapping[str, Dataset] | Sequence[tuple[str, Dataset]] | None = None,
         train_dataset: Dataset | None = None,
         public_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
@@ -95,55 +89,49 @@ class FederatedRunner:
                 "with `accelerate launch --num_processes 1` or plain `python`."
             )
         self.args = args
-        self.output_dir = Path(args.output_dir)
-        self._claim_output_dir()
-        client_datasets = _name_datasets(client_datasets, train_dataset, args)
-        _check_eval_dataset(eval_dataset, args)
+        self.folder = RunFolder(args, model if isinstance(model, str) else model.config._name_or_path)
+        client_datasets = name_client_datasets(client_datasets, train_dataset, args)
+        if args.eval_exact_match and eval_dataset is None:
+            raise ValueError("`eval_exact_match` is set, but `eval_dataset` is None, so there are no prompts.")
 
         set_seed(args.seed)
-        self.model_name = model if isinstance(model, str) else model.config._name_or_path
-        if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        if processing_class is None:
-            raise ValueError("`processing_class` is None, but a loaded `model` does not say which tokenizer it has.")
-        self.processing_class = processing_class
-        inner_args = args.quiet()
-        with _no_progress_bars():
+        with no_progress_bars():
+            if isinstance(model, str):
+                processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+                model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            if processing_class is None:
+                raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
+            inner_args = args.quiet()
             self.server = FederatedServer(
                 model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
             )
-            first = next(iter(client_datasets))
-            _check_not_empty(first, client_datasets[first])
             self.trainer = ClientSFTTrainer(
                 self.server.split_model.emulator,
                 inner_args,
-                client_datasets[first],
+                next(iter(client_datasets.values())).select([0]),  # clients bring their own
                 processing_class=processing_class,
             )
             self.clients = {
                 name: FederatedClient(name, self.trainer, dataset) for name, dataset in client_datasets.items()
             }
-            self.eval_dataset = eval_dataset
-            self._eval_tokens = self.trainer.prepare(eval_dataset, "`eval_dataset`") if eval_dataset else None
+            self.evaluator = None
+            if eval_dataset is not None:
+                self.evaluator = Evaluator(self.server.split_model, self.trainer, eval_dataset)
         for trainer in filter(None, (self.trainer, self.server.trainer)):
             trainer.remove_callback(PrinterCallback)
 
         self.console = Console()
         self.state = TrainerState(max_steps=args.num_rounds, is_world_process_zero=True, is_local_process_zero=True)
-        self.control = TrainerControl()
-        reporters = [callback() for callback in get_reporting_integration_callbacks(args.report_to)]
+        trackers = [callback() for callback in get_reporting_integration_callbacks(args.report_to)]
         self.callback_handler = CallbackHandler(
-            [DefaultFlowCallback(), *reporters, *(callbacks or [])],
+            [DefaultFlowCallback(), *trackers, *(callbacks or [])],
             model,
             processing_class,
             optimizer=None,
             lr_scheduler=None,
         )
-        self.control = self.callback_handler.on_init_end(args, self.state, self.control)
-        self.parameters = count_parameters(self.server.split_model)
+        self.control = self.callback_handler.on_init_end(args, self.state, TrainerControl())
         self.summary: dict = {}
-        self._zero_shot: dict[str, float] | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict:
         """
@@ -158,79 +146,95 @@ class FederatedRunner:
         if resume_from_checkpoint:
             raise ValueError(
                 f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but this version cannot resume a run. The "
-                "LoRAs after the last round are in `output_dir`."
+                f"LoRAs after the last round are in '{self.folder.path}'."
             )
-        args = self.args
-        started = time.perf_counter()
-        sampled = self._num_sampled()
-        total_steps = args.initial_alignment_steps + args.num_rounds * (
-            args.alignment_steps + sampled * args.local_steps
-        )
-        bytes_once = self._write_package()
+        args, started = self.args, time.perf_counter()
+        self.folder.claim()
+        parameters = count_parameters(self.server.split_model)
+        with no_progress_bars():
+            bytes_once = self.folder.write_package(self.server)
         if args.should_log:
             start = self.server.start_round(0)
-            size = len(start) if isinstance(start, bytes) else None
-            table = split_table(self.server.split_model, self.parameters, bytes_once, size, sampled)
-            self.console.print(table)
-        progress = RunProgress(total_steps, args.num_rounds, self.console, args.should_log)
-        with progress, _reported(progress, self.trainer, "sft_loss"), _frozen_garbage():
-            with _reported(progress, self.server.trainer, "alignment_l2"):
-                self._train_rounds(progress)
-            progress.phase(args.num_rounds, "evaluating")
+            size = len(start) if args.use_wire_format else None
+            self.console.print(split_table(self.server.split_model, parameters, bytes_once, size, self._num_sampled()))
+
+        steps = args.alignment_steps + self._num_sampled() * args.local_steps
+        total_steps = args.initial_alignment_steps + args.num_rounds * steps
+        with (
+            RunProgress(total_steps, args.num_rounds, self.console, args.should_log) as progress,
+            reported(progress, self.trainer, "sft_loss"),
+            reported(progress, self.server.trainer, "alignment_l2"),
+            frozen_garbage(),
+        ):
+            self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+            initial = self._start(progress)
+            for server_round in range(1, args.num_rounds + 1):
+                self._train_round(server_round, progress)
+                if self.control.should_training_stop:
+                    break
+            progress.phase(self.state.global_step, "evaluating")
             results = self.evaluate()
-        self.summary = self._summarize(results, bytes_once, time.perf_counter() - started)
+
+        self.summary = {
+            **self.folder.summarize(self.server, results, bytes_once, time.perf_counter() - started),
+            "parameters": parameters,
+            "num_examples": {name: client.num_examples for name, client in self.clients.items()},
+            "initial_alignment": initial,
+        }
         self.save_model()
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
-        self._show_result()
+        if args.should_log:
+            if results:
+                self.console.print("", result_table(self.summary))
+            self.console.print(*result_lines(self.summary, self.folder.path), sep="\n", highlight=False)
         return self.summary
 
-    def _train_rounds(self, progress: RunProgress):
-        args = self.args
-        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        if self._eval_tokens is not None:
+    def _start(self, progress: RunProgress) -> dict[str, float]:
+        """What comes before the first round: the zero-shot evaluation and the initial alignment."""
+        if self.evaluator is not None:
             progress.phase(0, "evaluating the full model")
-            self._evaluate_zero_shot(generate=False)
-        progress.phase(0, "initial alignment")
-        clock = time.perf_counter()
-        self.initial_alignment = self.server.align(args.initial_alignment_steps)
-        self.initial_alignment["seconds"] = time.perf_counter() - clock
-        if args.initial_alignment_steps:
-            values = "  ".join(f"{k} {v:.4f}" for k, v in self.initial_alignment.items() if k != "seconds")
-            progress.line(f"initial alignment: {values} | {self.initial_alignment['seconds']:.1f} s")
-        for server_round in range(1, args.num_rounds + 1):
-            self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-            record = self._run_round(server_round, progress)
-            self.state.global_step = server_round
-            self.state.epoch = server_round / args.num_rounds
-            self._save_round(record)
-            progress.round_line(record)
-            self._report(record)
-            self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-            if not record["client_losses"]:
-                self.save_model()
-                raise RuntimeError(
-                    f"No client sent a valid update in round {server_round}, so there is nothing to average: "
-                    f"{record['refused']}. The state after round {server_round - 1} is in '{self.output_dir}'."
-                )
-            if self.control.should_training_stop:
-                break
+            self.evaluator.zero_shot()
+        seconds: dict[str, float] = {}
+        with timed(seconds, "seconds"):
+            progress.phase(0, "initial alignment")
+            metrics = self.server.align(self.args.initial_alignment_steps)
+        if metrics:
+            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            progress.line(f"initial alignment | {values} | {seconds['seconds']:.1f} s")
+        return metrics | seconds
+
+    def _train_round(self, server_round: int, progress: RunProgress):
+        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+        record = self._run_round(server_round, progress)
+        self.state.global_step = server_round
+        self.state.epoch = server_round / self.args.num_rounds
+        self.folder.save_round(self.server, record)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        progress.round_line(record)
+        self._report(record)
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        if not record["client_losses"]:
+            self.save_model()
+            raise RuntimeError(
+                f"No client sent a valid update in round {server_round}, so there is nothing to average: "
+                f"{record['refused']}. The state after round {server_round - 1} is in '{self.folder.path}'."
+            )
 
     def _run_round(self, server_round: int, progress: RunProgress) -> dict:
         """One round, in the order of the paper: align, broadcast, local training, aggregate, evaluate."""
         seconds: dict[str, float] = {}
-        with _timed(seconds, "align"):
+        with timed(seconds, "align"):
             progress.phase(server_round, "alignment")
             alignment = self.server.align(self.args.alignment_steps)
-        with _timed(seconds, "broadcast"):
+        with timed(seconds, "broadcast"):
             start = self.server.start_round(server_round)
         replies = {}
-        with _timed(seconds, "local_training"):
-            names = self._sample(server_round)
-            for name in names:
+        with timed(seconds, "local_training"):
+            for name in self._sample(server_round):
                 progress.phase(server_round, f"client {name}")
                 replies[name] = self.clients[name].fit(start, server_round)
-        with _timed(seconds, "aggregate"):
-            updates, refused = [], {}
+        updates, refused = [], {}
+        with timed(seconds, "aggregate"):
             for name, reply in replies.items():
                 try:
                     updates.append(self.server.receive(server_round, name, reply))
@@ -238,77 +242,41 @@ class FederatedRunner:
                     refused[name] = str(error)
             if updates:
                 self.server.aggregate(updates)
-        last = server_round == self.args.num_rounds
-        due = self.args.eval_rounds and server_round % self.args.eval_rounds == 0
-        losses: dict[str, dict] = {"adap_emu": {}, "adap_fu": {}}
-        if self._eval_tokens is not None and (due or last):
-            with _timed(seconds, "evaluate"):
+        evaluated = {}
+        if self.evaluator is not None and self._evaluation_is_due(server_round):
+            with timed(seconds, "evaluate"):
                 progress.phase(server_round, "evaluating")
-                losses = self._evaluate_adapted(generate=False)
+                self.server.load()
+                evaluated = self.evaluator.adapted()
         on_wire = self.args.use_wire_format
         return {
             "server_round": server_round,
-            "zero_shot_loss": (self._zero_shot or {}).get("loss"),
-            "adap_emu_loss": losses["adap_emu"].get("loss"),
-            "adap_fu_loss": losses["adap_fu"].get("loss"),
-            "adap_emu_token_accuracy": losses["adap_emu"].get("token_accuracy"),
-            "adap_fu_token_accuracy": losses["adap_fu"].get("token_accuracy"),
+            "zero_shot_loss": self.evaluator.zero_shot()["loss"] if self.evaluator is not None else None,
+            "adap_emu_loss": evaluated.get("adap_emu", {}).get("loss"),
+            "adap_fu_loss": evaluated.get("adap_fu", {}).get("loss"),
+            "adap_emu_token_accuracy": evaluated.get("adap_emu", {}).get("token_accuracy"),
+            "adap_fu_token_accuracy": evaluated.get("adap_fu", {}).get("token_accuracy"),
             "alignment_l2": alignment.get("alignment_l2"),
             "alignment_kl": alignment.get("alignment_kl"),
             "client_losses": {update.client: update.metrics["loss"] for update in updates},
             "proximal_terms": {update.client: update.metrics.get("proximal_term") for update in updates},
             "refused": refused,
-            "bytes_down": len(start) * len(names) if on_wire else None,
+            "bytes_down": len(start) * len(replies) if on_wire else None,
             "bytes_up": sum(len(reply) for reply in replies.values()) if on_wire else None,
             "seconds": seconds,
         }
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """
-        Evaluate the full model without any LoRA, AdapEmu and AdapFu on `eval_dataset`.
-
-        Returns:
-            `dict`: `zero_shot`, `adap_emu` and `adap_fu`, each with `loss`, `token_accuracy` and, with
-            `args.eval_exact_match`, `exact_match`. Empty without an `eval_dataset`.
-        """
-        if self._eval_tokens is None:
-            return {}
-        generate = self.args.eval_exact_match
-        return {"zero_shot": self._evaluate_zero_shot(generate), **self._evaluate_adapted(generate)}
-
-    def _evaluate_zero_shot(self, generate: bool) -> dict[str, float]:
-        full = self.server.split_model.full
-        if self._zero_shot is None or generate and "exact_match" not in self._zero_shot:
-            with full.disable_adapter():
-                self._zero_shot = self._evaluate_model(full, generate)
-        return self._zero_shot
-
-    def _evaluate_adapted(self, generate: bool) -> dict[str, dict[str, float]]:
-        self.server.load()
-        model = self.server.split_model
-        return {
-            "adap_emu": self._evaluate_model(model.emulator, generate),
-            "adap_fu": self._evaluate_model(model.full, generate),
-        }
-
-    def _evaluate_model(self, model, generate: bool) -> dict[str, float]:
-        batch_size = self.args.per_device_eval_batch_size
-        metrics = evaluate_loss(model, self._eval_tokens, self.trainer.data_collator, batch_size)
-        if generate:
-            metrics |= evaluate_exact_match(
-                model, self.eval_dataset, self.processing_class, batch_size, self.args.eval_max_new_tokens
-            )
-        return metrics
+    def _evaluation_is_due(self, server_round: int) -> bool:
+        due = self.args.eval_rounds > 0 and server_round % self.args.eval_rounds == 0
+        return due or server_round == self.args.num_rounds
 
     def _num_sampled(self) -> int:
         return max(1, math.floor(self.args.fraction_train * len(self.clients) + 0.5))
 
     def _sample(self, server_round: int) -> list[str]:
         """Clients of a round, drawn without replacement; the same for the same seed and round."""
-        drawn = set(
-            random.Random(f"{self.args.seed}/{server_round}").sample(sorted(self.clients), self._num_sampled())
-        )
-        return [name for name in self.clients if name in drawn]
+        drawn = random.Random(f"{self.args.seed}/{server_round}").sample(sorted(self.clients), self._num_sampled())
+        return [name for name in self.clients if name in set(drawn)]
 
     def _report(self, record: dict):
         """Give the round's scalars to trackers and callbacks."""
@@ -323,43 +291,23 @@ class FederatedRunner:
         if metrics:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 
-    def _claim_output_dir(self):
-        left = [name for name in RUN_FILES if (self.output_dir / name).exists()]
-        if left and not self.args.overwrite_output_dir:
-            raise ValueError(
-                f"`output_dir` is '{self.output_dir}', which holds another run ({', '.join(left)}). Choose another "
-                "folder, or set `overwrite_output_dir=True` to delete what that run left."
-            )
-        for name in left:
-            path = self.output_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """
+        Evaluate the full model without any LoRA, AdapEmu and AdapFu on `eval_dataset`.
 
-    def _write_package(self) -> int:
-        with _no_progress_bars():
-            return self.server.package().save(self.output_dir / "emulator_package", self.processing_class)
-
-    def _save_round(self, record: dict):
-        """Put the round's result on disk: a crash in the next round loses nothing."""
-        with (self.output_dir / "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.server.package().save_loras(self.output_dir / "emulator_package")
-        self._save_client_lora()
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _save_client_lora(self):
-        state = self.server.split_model.split.to_full(self.server.client_lora)
-        save_lora(self.output_dir / "client_lora", self.server.final_config(), state, self.model_name)
+        Returns:
+            `dict`: `zero_shot`, `adap_emu` and `adap_fu`, each with `loss`, `token_accuracy` and, with
+            `args.eval_exact_match`, `exact_match`. Empty without an `eval_dataset`.
+        """
+        if self.evaluator is None:
+            return {}
+        self.server.load()
+        generate = self.args.eval_exact_match
+        return {"zero_shot": self.evaluator.zero_shot(generate), **self.evaluator.adapted(generate)}
 
     def save_model(self):
-        """Write `client_lora/` (with a model card), the LoRAs of `emulator_package/`, `summary.json`, `rounds.png`."""
-        self.server.package().save_loras(self.output_dir / "emulator_package")
-        self._save_client_lora()
-        if self.summary:
-            (self.output_dir / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
-        if (self.output_dir / "rounds.jsonl").exists():
-            plot_rounds(self.output_dir / "rounds.jsonl", self.output_dir / "rounds.png")
-        write_model_card(self.output_dir / "client_lora", self.model_name, self.args, self.summary)
+        """Write `client_lora/` with its model card, the LoRAs of `emulator_package/`, and the run's figures."""
+        self.folder.save(self.server, self.summary)
 
     def push_to_hub(self, repo_id: str | None = None, private: bool | None = None, token: str | None = None) -> str:
         """
@@ -367,6 +315,8 @@ class FederatedRunner:
 
         Args:
             repo_id (`str`, *optional*): Defaults to `args.hub_model_id`.
+            private (`bool`, *optional*): Defaults to `args.hub_private_repo`.
+            token (`str`, *optional*): Defaults to `args.hub_token`, then to the stored one.
 
         Returns:
             `str`: Address of the commit.
@@ -380,148 +330,7 @@ class FederatedRunner:
         if repo_id is None:
             raise ValueError("`repo_id` is None and `hub_model_id` is not set, so there is nowhere to push to.")
         private = self.args.hub_private_repo if private is None else private
-        api = HfApi(token=token or self.args.hub_token)
         self.save_model()
+        api = HfApi(token=token or self.args.hub_token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=repo_id, folder_path=self.output_dir / "client_lora"))
-
-    def _summarize(self, results: dict, bytes_once: int, seconds: float) -> dict:
-        records = [json.loads(line) for line in (self.output_dir / "rounds.jsonl").read_text().splitlines()]
-        on_wire = self.args.use_wire_format
-        phases = {phase for record in records for phase in record["seconds"]}
-        split = self.server.split_model.split
-        return {
-            **results,
-            "split": {
-                "num_layers": split.num_layers,
-                "kept": split.kept,
-                "dropped": split.dropped,
-                "adapter_layers": split.adapter_indices,
-            },
-            "parameters": self.parameters,
-            "num_examples": {name: client.num_examples for name, client in self.clients.items()},
-            "initial_alignment": self.initial_alignment,
-            "rounds": len(records),
-            "bytes": {
-                "once_per_client": bytes_once,
-                "down": sum(record["bytes_down"] for record in records) if on_wire else None,
-                "up": sum(record["bytes_up"] for record in records) if on_wire else None,
-            },
-            "seconds": {
-                "total": seconds,
-                **{phase: sum(record["seconds"].get(phase, 0) for record in records) for phase in sorted(phases)},
-            },
-            "settings": json.loads(self.args.to_json_string()),
-            "peft_config": json.loads(json.dumps(self.server.final_config().to_dict(), default=sorted)),
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
-            },
-        }
-
-    def _show_result(self):
-        if not self.args.should_log:
-            return
-        if "adap_fu" in self.summary:
-            self.console.print()
-            self.console.print(result_table(self.summary))
-        sizes, seconds = self.summary["bytes"], self.summary["seconds"]["total"]
-        if self.args.use_wire_format:
-            self.console.print(
-                f"\nbytes: {format_bytes(sizes['down'])} down, {format_bytes(sizes['up'])} up in "
-                f"{self.summary['rounds']} rounds, and {format_bytes(sizes['once_per_client'])} once to each client",
-                highlight=False,
-            )
-        self.console.print(f"time: {seconds:.0f} s   results: {self.output_dir}", highlight=False, soft_wrap=True)
-
-
-def _name_datasets(client_datasets, train_dataset, args) -> dict[str, Dataset]:
-    if (client_datasets is None) == (train_dataset is None):
-        given = "neither" if client_datasets is None else "both"
-        raise ValueError(f"Pass one of `client_datasets` and `train_dataset`; {given} was given.")
-    if client_datasets is None:
-        return partition_dataset(train_dataset, args)
-    pairs = list(client_datasets.items() if isinstance(client_datasets, Mapping) else client_datasets)
-    names = [name for name, _ in pairs]
-    if not pairs:
-        raise ValueError("`client_datasets` is empty: a federation needs at least one client.")
-    duplicates = sorted({name for name in names if names.count(name) > 1})
-    if duplicates:
-        raise ValueError(
-            f"`client_datasets` has the name(s) {', '.join(duplicates)} more than once. Names must differ."
-        )
-    for name, dataset in pairs:
-        _check_not_empty(name, dataset)
-    forms = {name: "completion" in dataset.column_names for name, dataset in pairs}
-    if args.completion_only_loss is None and len(set(forms.values())) > 1:
-        raise ValueError(
-            "`client_datasets` mixes prompt-completion data with other text "
-            f"({', '.join(name for name, form in forms.items() if form)} have completions, the others do not), so it is "
-            "open which tokens count. Set `completion_only_loss`, or bring all clients into one form."
-        )
-    return dict(pairs)
-
-
-def _check_not_empty(name, dataset):
-    if len(dataset) == 0:
-        raise ValueError(f"The dataset of client '{name}' is empty.")
-
-
-def _check_eval_dataset(dataset, args):
-    if not args.eval_exact_match:
-        return
-    columns = [] if dataset is None else dataset.column_names
-    if "prompt" not in columns or "completion" not in columns or not isinstance(dataset[0]["prompt"], str):
-        raise ValueError(
-            "`eval_exact_match` is set, but `eval_dataset` has no plain `prompt` and `completion` columns "
-            f"(it has: {', '.join(columns) or 'none'}). Bring it into prompt-completion form, or leave the setting out."
-        )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - started
-
-
-@contextmanager
-def _reported(progress: RunProgress, trainer, metric: str) -> Iterator[None]:
-    if trainer is None:
-        yield
-        return
-    reporter = StepReporter(progress, trainer, metric)
-    trainer.add_callback(reporter)
-    try:
-        yield
-    finally:
-        trainer.remove_callback(reporter)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silence the libraries' bars for each preparation step of each client and each file written."""
-    shown = datasets.are_progress_bars_disabled() is False, transformers_logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown[0]:
-            datasets.enable_progress_bars()
-        if shown[1]:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _frozen_garbage() -> Iterator[None]:
-    """
-    Keep what exists now out of garbage collection. Accelerate collects at the start of every `train()`, and going
-    through all modules of the libraries and the models each time takes longer than a small client's local steps.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+        return str(api.upload_folder(repo_id=repo_id, folder_path=self.folder.path / "client_lora"))

@@ -1,6 +1,6 @@
 """The owner side: the full model, the alignment, the average."""
 
-import copy
+from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .aggregation import federated_average
 from .alignment import EmulatorAlignmentTrainer, split_model
 from .config import FedBiOTConfig
-from .lora import CLIENT, EMULATOR, get_lora_state, set_lora_state
+from .lora import CLIENT, EMULATOR, get_lora_state, save_lora, set_lora_state
 from .package import EmulatorPackage
 from .payload import ClientUpdate, PayloadError, RoundStart, check_lora
 
@@ -81,15 +81,7 @@ class FederatedServer:
 
     def package(self) -> EmulatorPackage:
         """What a client needs once, with the LoRAs as of now."""
-        split_model = self.split_model
-        return EmulatorPackage(
-            split_model.package_model,
-            split_model.split.num_adapter_layers,
-            split_model.emulator.peft_config[CLIENT],
-            split_model.emulator.peft_config[EMULATOR],
-            self.client_lora,
-            self.emulator_lora,
-        )
+        return EmulatorPackage.of(self.split_model, self.client_lora, self.emulator_lora)
 
     def start_round(self, server_round: int) -> bytes | RoundStart:
         """The payload for every client of the round."""
@@ -114,6 +106,7 @@ class FederatedServer:
         """Make the checked updates of a round the next client LoRA."""
         self.client_lora = federated_average(updates)
 
-    def final_config(self) -> LoraConfig:
-        """The client LoRA's configuration, with the full model's layer indices."""
-        return copy.deepcopy(self.split_model.full.peft_config[CLIENT])
+    def save_client_lora(self, folder: str | Path, model_name: str | None):
+        """Write the client LoRA as a PEFT folder for the full model, with the full model's layer indices."""
+        state = self.split_model.split.to_full(self.client_lora)
+        save_lora(folder, self.split_model.full.peft_config[CLIENT], state, model_name)
