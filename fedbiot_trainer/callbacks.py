@@ -72,11 +72,6 @@ class RunProgress:
             self._task, advance=1, description=f"{self._where} · loss {loss:.3f}", eta=self.eta, refresh=False
         )
 
-    def skip(self, steps: int):
-        """Count steps that will not be taken, so that the end of the bar is the end of the run."""
-        self.total_steps -= steps
-        self._live.update(self._task, total=self.total_steps)
-
     def line(self, text: str):
         """Print a line above the live display."""
         if self.enabled:

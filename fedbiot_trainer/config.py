@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
+from transformers import SchedulerType
 from trl import SFTConfig
 
 
@@ -167,9 +168,9 @@ class FedBiOTConfig(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
         self._check_ranges()
         self._check_training_arguments()
+        super().__post_init__()
 
     def _check_ranges(self):
         if not 0 <= self.emulator_drop_ratio < 1:
@@ -211,10 +212,20 @@ class FedBiOTConfig(SFTConfig):
                 f"`max_steps` is {self.max_steps}, but a federated run counts `num_rounds` rounds of `local_steps` "
                 "steps per client. Set those two instead."
             )
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        if SchedulerType(self.lr_scheduler_type) in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
             raise ValueError(
-                f"`lr_scheduler_type` is '{self.lr_scheduler_type.value}', which follows a metric within one training, "
+                f"`lr_scheduler_type` is '{SchedulerType(self.lr_scheduler_type).value}', which follows a metric within one training, "
                 "but a client trains in rounds. Use 'constant', 'linear' or 'cosine'."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy` is '{self.train_sampling_strategy}', but rounds continue one another in a "
+                "random order of the data, and no other is implemented. Use 'random'."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` is True, but it would change the batch size within a run and with it which "
+                "examples a client has seen. Set `per_device_train_batch_size`."
             )
         if self.neftune_noise_alpha is not None:
             raise ValueError(
@@ -238,7 +249,7 @@ class FedBiOTConfig(SFTConfig):
         args = copy.copy(self)
         args.max_steps = max(self.initial_alignment_steps, 1)
         args.learning_rate = self.alignment_learning_rate
-        args.lr_scheduler_type, args.warmup_steps = type(self.lr_scheduler_type)("constant"), 0
+        args.lr_scheduler_type, args.warmup_steps = SchedulerType.CONSTANT, 0
         args.per_device_train_batch_size = self.alignment_batch_size
         args.gradient_accumulation_steps = 1
         args.activation_checkpointing = args.gradient_checkpointing = False
@@ -246,6 +257,11 @@ class FedBiOTConfig(SFTConfig):
         args.assistant_only_loss = False
         args.packing, args.padding_free = False, False
         return args
+
+    def without_effect(self) -> list[str]:
+        """Settings of a single training that were changed although a [`FederatedRunner`] does not read them."""
+        names = ("num_train_epochs", "eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end")
+        return [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
 
     def quiet(self) -> "FedBiOTConfig":
         """A copy for a trainer inside a [`FederatedRunner`]: the runner logs, saves and reports, the trainer does not."""

@@ -132,6 +132,8 @@ def resolve_peft_config(
             f"{type(model).__name__}. There are: {', '.join(sorted(linear))}."
         )
     config.target_modules = _short_names(matched, linear)
+    layer = model.get_submodule(f"{split.layers_name}.{layers[0]}")
+    config.fan_in_fan_out = any(isinstance(layer.get_submodule(path), Conv1D) for path in matched)
     return config
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
 
 from .callbacks import RunProgress, no_progress_bars, reported, timed
 from .client import ClientSFTTrainer, FederatedClient
@@ -33,6 +34,9 @@ from .report import count_parameters, result_lines, result_table, split_table
 from .run_folder import RunFolder
 from .server import FederatedServer
 from .trainer import frozen_garbage
+
+
+logger = logging.get_logger(__name__)
 
 
 class FederatedRunner:
@@ -87,6 +91,11 @@ class FederatedRunner:
             raise ValueError(
                 f"The run was launched with {args.world_size} processes, but this version trains in one. Launch it "
                 "with `accelerate launch --num_processes 1` or plain `python`."
+            )
+        for name in args.without_effect():
+            logger.warning(
+                f"`{name}` is {getattr(args, name)}, which has no effect: a run counts `num_rounds` rounds of "
+                "`local_steps` steps, evaluates every `eval_rounds` rounds and saves after each."
             )
         self.args = args
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config._name_or_path)
@@ -158,8 +167,9 @@ class FederatedRunner:
             size = len(start) if args.use_wire_format else None
             self.console.print(split_table(self.server.split_model, parameters, bytes_once, size, self._num_sampled()))
 
-        steps = args.alignment_steps + self._num_sampled() * args.local_steps
-        total_steps = args.initial_alignment_steps + args.num_rounds * steps
+        total_steps = args.num_rounds * self._num_sampled() * args.local_steps
+        if self.server.trainer is not None:
+            total_steps += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
         with (
             RunProgress(total_steps, args.num_rounds, self.console, args.should_log) as progress,
             reported(progress, self.trainer, "sft_loss"),

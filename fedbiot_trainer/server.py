@@ -42,19 +42,20 @@ class FederatedServer:
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
     ):
-        if args.aligns and (public_dataset is None or len(public_dataset) == 0):
-            raise ValueError(
-                f"`public_dataset` is {'None' if public_dataset is None else 'empty'}, but the emulator is aligned on "
-                f"public text (`initial_alignment_steps` is {args.initial_alignment_steps}, `alignment_steps` is "
-                f"{args.alignment_steps}). Pass public text, or set both to 0."
-            )
         self.args = args
         self.processing_class = processing_class
         self.split_model = split_model(model, args, peft_config, emulator_peft_config)
         self.client_lora = get_lora_state(self.split_model.emulator, CLIENT)
         self.emulator_lora = get_lora_state(self.split_model.emulator, EMULATOR)
         self.trainer = None
-        if args.aligns:
+        # An emulator that drops nothing is the full model already.
+        if args.aligns and self.split_model.split.dropped:
+            if public_dataset is None or len(public_dataset) == 0:
+                raise ValueError(
+                    f"`public_dataset` is {'None' if public_dataset is None else 'empty'}, but the emulator is aligned "
+                    f"on public text (`initial_alignment_steps` is {args.initial_alignment_steps}, `alignment_steps` "
+                    f"is {args.alignment_steps}). Pass public text, or set both to 0."
+                )
             self.trainer = EmulatorAlignmentTrainer(
                 self.split_model, args, public_dataset, processing_class=processing_class
             )
@@ -71,8 +72,9 @@ class FederatedServer:
 
         Returns:
             `dict[str, float]`: `alignment_l2` and, with a KL weight, `alignment_kl`: means over the last ten steps.
+            Empty if no step is taken or no layer is dropped.
         """
-        if num_steps == 0:
+        if num_steps == 0 or self.trainer is None:
             return {}
         self.load()
         self.trainer.take_steps(num_steps)

@@ -155,10 +155,12 @@ class RoundTrainer(SFTTrainer):
                 lambda step, schedule=schedule, offset=self.steps_done: schedule(step + offset)
                 for schedule in scheduler.lr_lambdas
             ]
-            for group, rate, schedule in zip(
-                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = rate * schedule(0)
+            rates = [
+                rate * schedule(0) for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
         return self.lr_scheduler

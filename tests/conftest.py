@@ -1,0 +1,111 @@
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fedbiot_trainer import FedBiOTConfig, FederatedRunner
+
+
+torch.set_num_threads(1)
+
+VOCABULARY = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 .:+=?"]
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+
+
+def tiny_model(model_type="llama", seed=0, dtype=torch.float32, **changes):
+    """A random causal LM of 8 layers. Weights are large enough that dropping a layer changes the output."""
+    config = AutoConfig.for_model(model_type, **{**SIZES, "initializer_range": 0.2, **changes})
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def sums(start, stop):
+    """Prompt-completion examples `a+b=` of numbers in a range."""
+    rows = [(a, b) for a in range(start, stop) for b in range(3)]
+    return Dataset.from_dict({"prompt": [f"{a}+{b}=" for a, b in rows], "completion": [f"{a + b}" for a, b in rows]})
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    def make(**changes):
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "num_rounds": 2,
+            "local_steps": 3,
+            "initial_alignment_steps": 3,
+            "alignment_steps": 2,
+            "alignment_batch_size": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "alignment_learning_rate": 1e-2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "log_level": "error",
+            "use_cpu": True,
+            **changes,
+        }
+        return FedBiOTConfig(**settings)
+
+    return make
+
+
+@pytest.fixture
+def make_runner(make_args, tokenizer):
+    def make(model=None, client_datasets=None, peft_config=None, callbacks=None, **changes):
+        data = {"public_dataset": sums(40, 50), "eval_dataset": sums(50, 55)}
+        for name in (*data, "train_dataset", "emulator_peft_config"):
+            if name in changes:
+                data[name] = changes.pop(name)
+        if "train_dataset" not in data and client_datasets is None:
+            client_datasets = {"north": sums(0, 8), "south": sums(8, 12)}
+        return FederatedRunner(
+            model=tiny_model() if model is None else model,
+            args=make_args(**changes),
+            client_datasets=client_datasets,
+            processing_class=tokenizer,
+            peft_config=peft_config or LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+            callbacks=callbacks,
+            **data,
+        )
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, 48, (3, 10))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 7:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

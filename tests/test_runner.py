@@ -1,0 +1,491 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import sums, tiny_model
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
+
+from fedbiot_trainer import ClientUpdate, FederatedRunner, RoundStart
+from fedbiot_trainer.lora import get_lora_state, set_lora_state
+
+
+def rounds_of(runner):
+    return [json.loads(line) for line in (runner.folder.path / "rounds.jsonl").read_text().splitlines()]
+
+
+def numbers_of(runner):
+    """Everything in the rounds but what differs from run to run."""
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in rounds_of(runner)]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+# ---- a run, whole
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, request):
+    """One run from a model on disk, for the tests that only look."""
+    from fedbiot_trainer import FedBiOTConfig
+
+    tokenizer = request.getfixturevalue("tokenizer")
+    folder = tmp_path_factory.mktemp("run")
+    tiny_model().save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    args = FedBiOTConfig(
+        str(folder / "out"), num_rounds=3, local_steps=4, initial_alignment_steps=5, alignment_steps=2,
+        per_device_train_batch_size=4, learning_rate=1e-2, eval_exact_match=True, report_to="tensorboard", use_cpu=True,
+    )  # fmt: skip
+    runner = FederatedRunner(
+        str(folder / "base"), args, {"north": sums(0, 8), "south": sums(8, 12)}, public_dataset=sums(40, 50),
+        eval_dataset=sums(6, 10), peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    runner.train()
+    return runner
+
+
+def test_rounds_file(run):
+    records = rounds_of(run)
+    assert [record["server_round"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert list(record["client_losses"]) == ["north", "south"]
+        assert record["refused"] == {}
+        numbers = ("zero_shot_loss", "adap_emu_loss", "adap_fu_loss", "alignment_l2", "alignment_kl")
+        assert all(record[name] > 0 for name in numbers)
+        assert set(record["seconds"]) == {"align", "broadcast", "local_training", "aggregate", "evaluate"}
+    assert records[-1]["adap_fu_loss"] < records[0]["adap_fu_loss"] < records[0]["zero_shot_loss"]
+
+
+def test_bytes_are_those_of_the_payloads(run):
+    start = run.server.start_round(3)
+    assert rounds_of(run)[2]["bytes_down"] == 2 * len(start)
+    assert 0 < rounds_of(run)[2]["bytes_up"] < rounds_of(run)[2]["bytes_down"]
+
+
+def test_summary(run):
+    summary = json.loads((run.folder.path / "summary.json").read_text())
+    for name in ("zero_shot", "adap_emu", "adap_fu"):
+        assert set(summary[name]) == {"loss", "token_accuracy", "exact_match"}
+    parameters = summary["parameters"]
+    assert parameters["full"] == tiny_model().num_parameters()
+    plain = AutoModelForCausalLM.from_pretrained(run.folder.path / "emulator_package")
+    assert parameters["emulator"] == plain.num_parameters()
+    assert parameters["client_share"] == parameters["emulator"] / parameters["full"]
+    client = get_lora_state(run.server.split_model.emulator, "client")
+    assert parameters["trainable_client"] == sum(tensor.numel() for tensor in client.values())
+    assert summary["settings"]["emulator_drop_ratio"] == 0.5
+    assert summary["versions"]["torch"]
+    assert summary["split"]["dropped"] == [1, 2, 4]
+    assert summary["adap_fu"]["loss"] == pytest.approx(rounds_of(run)[-1]["adap_fu_loss"])
+
+
+def test_figure_and_trackers(run):
+    assert (run.folder.path / "rounds.png").read_bytes().startswith(b"\x89PNG")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [log] = (run.folder.path / "runs").iterdir()
+    events = EventAccumulator(str(log)).Reload()
+    values = [event.value for event in events.Scalars("eval/adap_fu_loss")]
+    assert values == pytest.approx([record["adap_fu_loss"] for record in rounds_of(run)])
+    assert [event.step for event in events.Scalars("train/client_loss/north")] == [1, 2, 3]
+
+
+def test_result_loads_without_this_package(run, tmp_path):
+    """The result is AdapFu for plain transformers + peft: plugged in, merged and in a pipeline."""
+    run.server.load()
+    inputs = torch.arange(3, 13)[None]
+    torch.save(run.server.split_model.full(inputs).logits, tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+base, result = {str(run.folder.model_name)!r}, {str(run.folder.path / "client_lora")!r}
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result)
+expected, inputs = torch.load({str(tmp_path / "expected.pt")!r}), torch.arange(3, 13)[None]
+assert torch.allclose(model(inputs).logits, expected, atol=1e-5)
+merged = model.merge_and_unload()
+assert torch.allclose(merged(inputs).logits, expected, atol=1e-4)
+generator = pipeline("text-generation", merged, tokenizer=AutoTokenizer.from_pretrained(base))
+assert generator("50+1=", max_new_tokens=4)[0]["generated_text"].startswith("50+1=")
+assert "fedbiot_trainer" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+def test_model_card(run):
+    card = (run.folder.path / "client_lora" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert f"{run.summary['adap_fu']['loss']:.4f}" in card
+    assert not re.search(r"\bNone\b(?! of them)", card)
+
+
+def test_package_with_its_loras_is_adap_emu(run, tokenizer):
+    package = run.folder.path / "emulator_package"
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(package), package / "client_lora", adapter_name="client"
+    )
+    model.load_adapter(package / "emulator_lora", adapter_name="emulator")
+    model.base_model.set_adapter(["client", "emulator"])
+    run.server.load()
+    inputs = torch.arange(3, 13)[None]
+    expected = run.server.split_model.emulator.eval()(inputs).logits
+    assert torch.allclose(model.eval()(inputs).logits, expected, atol=1e-5)
+    assert pipeline("text-generation", model.get_base_model(), tokenizer=tokenizer)("5+1=", max_new_tokens=2)
+
+
+def test_evaluate_again(run):
+    again = run.evaluate()
+    for name, metrics in again.items():
+        assert metrics == pytest.approx(run.summary[name])
+
+
+# ---- invariants
+
+
+def test_nothing_dropped_makes_adap_emu_equal_adap_fu(make_runner):
+    runner = make_runner(emulator_drop_ratio=0.0)
+    runner.train()
+    for record in rounds_of(runner):
+        assert record["adap_emu_loss"] == record["adap_fu_loss"]
+    assert runner.summary["adap_emu"] == runner.summary["adap_fu"]
+    assert runner.summary["adap_fu"]["loss"] < runner.summary["zero_shot"]["loss"]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_frozen_tensors_are_bit_identical(make_runner, model_type, dtype, tied):
+    model = tiny_model(model_type, dtype=dtype, tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runner = make_runner(model=model, num_rounds=3)
+    client = runner.server.client_lora
+    runner.train()
+    assert_same(model.state_dict(), before)
+    full = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    emulator = runner.server.split_model.package_model.state_dict()
+    assert {tensor.data_ptr() for tensor in emulator.values()} < full
+    assert any(not torch.equal(client[key], tensor) for key, tensor in runner.server.client_lora.items())
+
+
+def test_same_seed_same_run(make_runner, tmp_path):
+    one, two = (make_runner(output_dir=str(tmp_path / name)) for name in "ab")
+    one.train()
+    two.train()
+    assert numbers_of(one) == numbers_of(two)
+    assert_same(one.server.client_lora, two.server.client_lora)
+    other = make_runner(output_dir=str(tmp_path / "c"), seed=7)
+    other.train()
+    assert numbers_of(other) != numbers_of(one)
+
+
+def test_nothing_depends_on_what_the_other_party_left(make_runner, tmp_path, monkeypatch):
+    """Scribble over both LoRAs of the shared modules before each step of either party: the same run."""
+    plain = make_runner(output_dir=str(tmp_path / "plain"))
+    plain.train()
+
+    runner = make_runner(output_dir=str(tmp_path / "scribbled"))
+    models = runner.server.split_model
+
+    def scribble():
+        for adapter in ("client", "emulator"):
+            state = get_lora_state(models.emulator, adapter)
+            set_lora_state(models.emulator, adapter, {key: torch.full_like(t, 9.0) for key, t in state.items()})
+        models.plug_in({key: torch.full_like(t, 9.0) for key, t in models.extract().items()})
+
+    def scribbled(method):
+        def wrapper(*args, **kwargs):
+            scribble()
+            result = method(*args, **kwargs)
+            scribble()
+            return result
+
+        return wrapper
+
+    for name in ("align", "start_round", "receive", "aggregate", "package", "save_client_lora"):
+        monkeypatch.setattr(runner.server, name, scribbled(getattr(runner.server, name)))
+    for client in runner.clients.values():
+        monkeypatch.setattr(client, "fit", scribbled(client.fit))
+    runner.train()
+    assert numbers_of(runner) == numbers_of(plain)
+    assert_same(runner.server.client_lora, plain.server.client_lora)
+    assert_same(runner.server.emulator_lora, plain.server.emulator_lora)
+
+
+def test_wire_format_changes_nothing_but_the_count(make_runner, tmp_path):
+    on, off = (make_runner(output_dir=str(tmp_path / str(x)), use_wire_format=x) for x in (True, False))
+    on.train()
+    off.train()
+    assert_same(on.server.client_lora, off.server.client_lora)
+    assert rounds_of(off)[0]["bytes_up"] is None
+    assert off.summary["bytes"]["up"] is None
+
+
+def test_all_that_crosses_the_line_is_bytes(make_runner, monkeypatch):
+    runner = make_runner()
+    seen = []
+    for client in runner.clients.values():
+
+        def fit(payload, server_round, fit=client.fit):
+            reply = fit(payload, server_round)
+            seen.append((payload, reply))
+            return reply
+
+        monkeypatch.setattr(client, "fit", fit)
+    runner.train()
+    assert len(seen) == 4
+    assert all(isinstance(payload, bytes) and isinstance(reply, bytes) for payload, reply in seen)
+    update = ClientUpdate.from_bytes(seen[0][1], server_round=1)
+    assert set(update.metrics) == {"loss", "proximal_term"}
+    assert update.num_examples == 24
+
+
+def test_order_of_clients_does_not_matter(make_runner, tmp_path):
+    data = {"north": sums(0, 8), "south": sums(8, 12)}
+    one = make_runner(client_datasets=data, output_dir=str(tmp_path / "a"))
+    two = make_runner(client_datasets=dict(reversed(data.items())), output_dir=str(tmp_path / "b"))
+    one.train()
+    two.train()
+    assert_same(one.server.client_lora, two.server.client_lora)
+
+
+# ---- settings
+
+
+def test_clients_are_sampled(make_runner):
+    data = {f"c{i}": sums(i, i + 3) for i in range(5)}
+    runner = make_runner(client_datasets=data, fraction_train=0.4, num_rounds=4, eval_rounds=0)
+    runner.train()
+    sampled = [tuple(record["client_losses"]) for record in rounds_of(runner)]
+    assert all(len(names) == 2 for names in sampled)
+    assert len(set(sampled)) > 1
+    for name, client in runner.clients.items():
+        assert client.steps_done == 3 * sum(name in names for names in sampled)
+
+
+def test_train_dataset_is_partitioned(make_runner):
+    runner = make_runner(train_dataset=sums(0, 12), num_clients=4)
+    assert {name: client.num_examples for name, client in runner.clients.items()} == {
+        f"client-{i}": 9 for i in range(4)
+    }
+
+
+def test_evaluation_every_few_rounds(make_runner):
+    runner = make_runner(num_rounds=5, eval_rounds=2, alignment_steps=0)
+    runner.train()
+    assert [r["server_round"] for r in rounds_of(runner) if r["adap_fu_loss"] is not None] == [2, 4, 5]
+    assert all(record["alignment_l2"] is None for record in rounds_of(runner))
+
+
+def test_without_evaluation_and_alignment(make_runner):
+    runner = make_runner(
+        eval_dataset=None, public_dataset=None, initial_alignment_steps=0, alignment_steps=0, proximal_weight=0.0
+    )
+    summary = runner.train()
+    assert "adap_fu" not in summary
+    assert runner.server.trainer is None
+    assert rounds_of(runner)[0]["proximal_terms"] == {"north": None, "south": None}
+
+
+def test_callbacks_see_a_round_as_a_step(make_runner):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+            if state.global_step == 2:
+                control.should_training_stop = True
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(sorted(logs)[0])
+
+    runner = make_runner(callbacks=[Recorder()], num_rounds=5)
+    runner.train()
+    assert seen == ["alignment_kl", 1, "alignment_kl", 2]
+    assert len(rounds_of(runner)) == 2
+
+
+def test_push_to_hub(make_runner, monkeypatch):
+    pushed = {}
+
+    class Api:
+        def __init__(self, token):
+            pushed["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            pushed["private"] = private
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path):
+            pushed["files"] = sorted(path.name for path in folder_path.iterdir())
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    runner = make_runner()
+    runner.train()
+    with pytest.raises(ValueError, match="`repo_id` is None and `hub_model_id` is not set"):
+        runner.push_to_hub()
+    assert runner.push_to_hub("me/lora", private=True, token="t") == "https://hub/me/lora"
+    assert pushed == {
+        "token": "t", "private": True, "files": ["README.md", "adapter_config.json", "adapter_model.safetensors"],
+    }  # fmt: skip
+
+
+# ---- what must not be used, and what cannot work
+
+
+def spoil(change):
+    """Make client 'south' answer something else from round 2 on."""
+
+    def spoiled(client):
+        fit = client.fit
+
+        def answer(payload, server_round):
+            reply = fit(payload, server_round)
+            return reply if server_round == 1 else change(ClientUpdate.from_bytes(reply, server_round))
+
+        client.fit = answer
+
+    return spoiled
+
+
+def with_state(update, change):
+    update.client_lora = {key: change(tensor) for key, tensor in update.client_lora.items()}
+    return update.to_bytes()
+
+
+def altered(update):
+    data = bytearray(update.to_bytes())
+    data[-1] ^= 255
+    return bytes(data)
+
+
+def with_fields(update, **fields):
+    for name, value in fields.items():
+        setattr(update, name, value)
+    return update.to_bytes()
+
+
+BAD_UPDATES = {
+    "truncated": (lambda update: update.to_bytes()[:-10], "truncated or altered"),
+    "altered": (altered, "truncated or altered"),
+    "another round": (lambda update: with_fields(update, server_round=1), "from round 1, but this is round 2"),
+    "another client": (lambda update: with_fields(update, client="north"), "signed by client 'north'"),
+    "wrong shape": (lambda update: with_state(update, lambda t: t[:-1]), "expected torch.float32"),
+    "wrong dtype": (lambda update: with_state(update, lambda t: t.half()), "torch.float16"),
+    "not finite": (lambda update: with_state(update, lambda t: t * float("nan")), "not finite"),
+    "loss not finite": (lambda update: with_fields(update, metrics={"loss": float("inf")}), "metric `loss` is inf"),
+    "not a payload": (lambda update: b"hello", "not a FedBiOT payload"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_UPDATES)
+def test_bad_update_is_refused_and_the_round_goes_on(make_runner, kind):
+    change, reason = BAD_UPDATES[kind]
+    runner = make_runner(num_rounds=3)
+    spoil(change)(runner.clients["south"])
+    runner.train()
+    records = rounds_of(runner)
+    assert [list(record["client_losses"]) for record in records] == [["north", "south"], ["north"], ["north"]]
+    assert list(records[1]["refused"]) == ["south"]
+    assert reason in records[1]["refused"]["south"]
+    assert all(torch.isfinite(tensor).all() for tensor in runner.server.client_lora.values())
+
+
+def test_round_without_a_valid_update_stops_the_run(make_runner):
+    runner = make_runner(num_rounds=5)
+    for client in runner.clients.values():
+        spoil(BAD_UPDATES["not finite"][0])(client)
+    with pytest.raises(RuntimeError, match="No client sent a valid update in round 2.*The state after round 1 is in"):
+        runner.train()
+    records = rounds_of(runner)
+    assert [len(record["refused"]) for record in records] == [0, 2]
+    assert (runner.folder.path / "rounds.png").exists()
+    result = PeftModel.from_pretrained(tiny_model(), runner.folder.path / "client_lora")
+    saved = runner.server.split_model.split.to_emulator(get_lora_state(result, "default"))
+    assert_same(saved, runner.server.client_lora)
+
+
+def test_client_refuses_a_bad_start(make_runner):
+    from fedbiot_trainer import PayloadError
+
+    runner = make_runner()
+    client, start = runner.clients["north"], runner.server.start_round(1)
+    with pytest.raises(PayloadError, match="truncated or altered"):
+        client.fit(start[:-1], 1)
+    with pytest.raises(PayloadError, match="from round 1, but this is round 2"):
+        client.fit(start, 2)
+    foreign = RoundStart(1, runner.server.client_lora, {"x": torch.ones(1)}).to_bytes()
+    with pytest.raises(PayloadError, match="the emulator LoRA has missing or unknown tensors"):
+        client.fit(foreign, 1)
+
+
+def test_folder_of_another_run_is_refused(make_runner):
+    runner = make_runner()
+    runner.train()
+    with pytest.raises(ValueError, match="`output_dir` is .* holds another run .*`overwrite_output_dir=True`"):
+        make_runner()
+    again = make_runner(overwrite_output_dir=True, num_rounds=1)
+    assert len(rounds_of(runner)) == 2  # nothing is deleted before training starts
+    again.train()
+    assert len(rounds_of(again)) == 1
+
+
+def test_fully_masked_client_dataset(make_runner):
+    data = {"north": sums(0, 8), "south": sums(10, 12)}
+    with pytest.raises(ValueError, match="The dataset of client 'south' has no token to train on: .* `max_length`"):
+        make_runner(client_datasets=data, max_length=5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"client_datasets": {"a": sums(0, 0)}}, "The dataset of client 'a' is empty"),
+        ({"client_datasets": [("a", sums(0, 2)), ("a", sums(0, 2))]}, "more than once"),
+        ({"public_dataset": None}, "`public_dataset` is None, but the emulator is aligned"),
+        ({"public_dataset": sums(0, 0)}, "`public_dataset` is empty"),
+        ({"emulator_drop_ratio": 1.0}, "`emulator_drop_ratio` is 1.0"),
+        ({"num_adapter_layers": 8}, "`num_adapter_layers` is 8"),
+        ({"peft_config": LoraConfig(target_modules=["nothing"])}, "matches no linear layer"),
+        ({"eval_exact_match": True, "eval_dataset": None}, "`eval_exact_match` is set, but `eval_dataset` is None"),
+        (
+            {"eval_exact_match": True, "eval_dataset": sums(0, 2).rename_column("completion", "answer")},
+            "`eval_dataset` has no plain `prompt` and `completion`",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_before_training(make_runner, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_runner(**settings)
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_tokenizer_larger_than_the_embedding(make_runner):
+    with pytest.raises(ValueError, match="`processing_class` has a vocabulary of 45 tokens, .* has 40 rows"):
+        make_runner(model=tiny_model(vocab_size=40))
+
+
+def test_loaded_model_needs_a_tokenizer(make_args):
+    with pytest.raises(ValueError, match="`processing_class` is None"):
+        FederatedRunner(tiny_model(), make_args(), {"a": sums(0, 2)}, public_dataset=sums(0, 2))
+
+
+def test_resume_is_refused(make_runner):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is True, but this version cannot resume"):
+        make_runner().train(resume_from_checkpoint=True)
+
+
+def test_settings_without_effect_are_named(make_runner, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    make_runner(num_train_epochs=7)
+    assert "`num_train_epochs` is 7, which has no effect" in caplog.text
