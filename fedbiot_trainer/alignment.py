@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .config import FedBiOTConfig
-from .lora import CLIENT, EMULATOR, SplitModel, get_lora_state, with_rank
+from .lora import CLIENT, EMULATOR, SplitModel, get_lora_state, load_lora, set_lora_state, with_rank
 from .losses import hidden_state_loss, masked_kl
 from .package import EmulatorPackage
 from .trainer import RoundTrainer
@@ -99,6 +100,10 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         emulator = self.split_model.emulator
         loras = get_lora_state(emulator, CLIENT), get_lora_state(emulator, EMULATOR)
         EmulatorPackage.of(self.split_model, *loras).save(output_dir or self.args.output_dir, self.processing_class)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        _, state = load_lora(Path(resume_from_checkpoint) / "emulator_lora")
+        set_lora_state(self.model, EMULATOR, state)
 
 
 def split_model(

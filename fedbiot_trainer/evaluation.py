@@ -29,6 +29,7 @@ class Evaluator:
             _check_generation_columns(dataset)
         self.models, self.dataset = models, dataset
         self.processing_class, self.data_collator = trainer.processing_class, trainer.data_collator
+        self.autocast = trainer.accelerator.autocast
         self.tokens = trainer.prepare(dataset, "`eval_dataset`")
         self._zero_shot: dict[str, float] = {}
 
@@ -49,11 +50,12 @@ class Evaluator:
 
     def _evaluate(self, model, generate):
         batch_size = self.args.per_device_eval_batch_size
-        metrics = evaluate_loss(model, self.tokens, self.data_collator, batch_size)
-        if generate:
-            metrics |= evaluate_exact_match(
-                model, self.dataset, self.processing_class, batch_size, self.args.eval_max_new_tokens
-            )
+        with self.autocast():
+            metrics = evaluate_loss(model, self.tokens, self.data_collator, batch_size)
+            if generate:
+                metrics |= evaluate_exact_match(
+                    model, self.dataset, self.processing_class, batch_size, self.args.eval_max_new_tokens
+                )
         return metrics
 
 

@@ -315,6 +315,30 @@ def test_dropped_layers_are_not_in_the_package(package, make_args, tokenizer, tm
     assert config["num_hidden_layers"] == 5
 
 
+# ---- alone and interrupted
+
+
+@pytest.mark.parametrize("party", ["client", "emulator"])
+def test_resume_from_a_checkpoint(make_args, tokenizer, tmp_path, party):
+    def make():
+        settings = {"save_strategy": "steps", "save_steps": 3, "local_steps": 6, "initial_alignment_steps": 6}
+        alignment = EmulatorAlignmentTrainer(
+            tiny_model(), make_args(**settings), sums(0, 8), LORA, processing_class=tokenizer
+        )
+        if party == "emulator":
+            return alignment
+        return ClientSFTTrainer(
+            alignment.split_model.emulator, make_args(**settings), sums(0, 8), processing_class=tokenizer
+        )
+
+    whole, resumed = make(), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    expected, state = get_lora_state(whole.model, party), get_lora_state(resumed.model, party)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert resumed.state.global_step == 6
+
+
 # ---- what cannot work
 
 

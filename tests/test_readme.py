@@ -1,0 +1,46 @@
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import sums, tiny_model
+
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SMALL = "num_rounds=1, local_steps=2, initial_alignment_steps=2, alignment_steps=1, report_to='none', use_cpu=True"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, request):
+    """What the README's snippets expect to find: a base model and some files."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_model().save_pretrained(folder / "base")
+    request.getfixturevalue("tokenizer").save_pretrained(folder / "base")
+    for name, dataset in {"a": sums(0, 8), "b": sums(4, 9), "public": sums(20, 30), "test": sums(9, 11)}.items():
+        dataset.to_json(folder / f"{name}.jsonl")
+    return folder
+
+
+# Later blocks use what earlier ones wrote, as a reader would.
+@pytest.mark.parametrize("index", range(4), ids=["runner", "alignment", "client", "result"])
+def test_snippet(folder, index, monkeypatch):
+    monkeypatch.chdir(folder)
+    code = BLOCKS[index].replace("meta-llama/Llama-2-7b-hf", "base")
+    code = re.sub(r'FedBiOTConfig\(output_dir=("[^"]+").*?\)', rf"FedBiOTConfig(output_dir=\1, {SMALL})", code)
+    code = re.sub(r"LoraConfig\(.*?\)", "LoraConfig(r=4, target_modules='all-linear')", code)
+    names = {}
+    exec(code, names)
+    if index == 0:
+        assert names["runner"].summary["rounds"] == 1
+    elif index == 3:
+        assert isinstance(names["model"], transformers.PreTrainedModel)
+    else:
+        assert names["trainer"].state.global_step == 2
+        assert (folder / ["", "emulator_package/fedbiot.json", "my-client-lora/adapter_config.json"][index]).exists()
+
+
+def test_snippets_are_short():
+    assert len(BLOCKS) == 4
+    for block in BLOCKS[1:3]:
+        assert len([line for line in block.splitlines() if line.strip()]) < 15
