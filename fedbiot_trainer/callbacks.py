@@ -104,10 +104,10 @@ class StepReporter(TrainerCallback):
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Put the wall time of the block into `seconds[phase]`."""
+    """Add the wall time of the block to `seconds[phase]`."""
     started = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - started
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
 @contextmanager

@@ -55,6 +55,10 @@ class FedBiOTConfig(SFTConfig):
             Weight of the KL divergence next to the hidden-state distance (the paper's lambda). 0 skips the logits.
         alignment_learning_rate (`float`, *optional*, defaults to `5e-4`):
             Learning rate of the emulator LoRA.
+        alignment_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Learning-rate schedule of the emulator LoRA, over the initial alignment and all rounds.
+        alignment_warmup_steps (`int`, *optional*, defaults to `0`):
+            Steps over which the emulator LoRA's learning rate rises, at the start of the initial alignment.
         alignment_batch_size (`int`, *optional*, defaults to `8`):
             Public examples per alignment step and device.
 
@@ -137,6 +141,12 @@ class FedBiOTConfig(SFTConfig):
         metadata={"help": "Weight of the KL divergence in the alignment loss (lambda). 0 skips the logits."},
     )
     alignment_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the emulator LoRA."})
+    alignment_lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Its schedule, over the initial alignment and all rounds."}
+    )
+    alignment_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps over which it rises, at the start of the initial alignment."}
+    )
     alignment_batch_size: int = field(default=8, metadata={"help": "Public examples per alignment step and device."})
 
     # Partition
@@ -191,7 +201,13 @@ class FedBiOTConfig(SFTConfig):
                 f"`emulator_lora_r` is {self.emulator_lora_r}, but a rank must be at least 1. Leave it out to take the "
                 "client LoRA's rank."
             )
-        non_negative = ("proximal_weight", "alignment_kl_weight", "initial_alignment_steps", "alignment_steps")
+        non_negative = (
+            "proximal_weight",
+            "alignment_kl_weight",
+            "initial_alignment_steps",
+            "alignment_steps",
+            "alignment_warmup_steps",
+        )
         for name in (*non_negative, "eval_rounds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it cannot be negative. 0 turns it off.")
@@ -212,11 +228,13 @@ class FedBiOTConfig(SFTConfig):
                 f"`max_steps` is {self.max_steps}, but a federated run counts `num_rounds` rounds of `local_steps` "
                 "steps per client. Set those two instead."
             )
-        if SchedulerType(self.lr_scheduler_type) in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            raise ValueError(
-                f"`lr_scheduler_type` is '{SchedulerType(self.lr_scheduler_type).value}', which follows a metric within one training, "
-                "but a client trains in rounds. Use 'constant', 'linear' or 'cosine'."
-            )
+        for name in ("lr_scheduler_type", "alignment_lr_scheduler_type"):
+            schedule = SchedulerType(getattr(self, name))
+            if schedule in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+                raise ValueError(
+                    f"`{name}` is '{schedule.value}', which follows a metric within one training, but LoRAs train in "
+                    "rounds. Use 'constant', 'linear' or 'cosine'."
+                )
         if self.train_sampling_strategy != "random":
             raise ValueError(
                 f"`train_sampling_strategy` is '{self.train_sampling_strategy}', but rounds continue one another in a "
@@ -249,7 +267,9 @@ class FedBiOTConfig(SFTConfig):
         args = copy.copy(self)
         args.max_steps = max(self.initial_alignment_steps, 1)
         args.learning_rate = self.alignment_learning_rate
-        args.lr_scheduler_type, args.warmup_steps = SchedulerType.CONSTANT, 0
+        args.lr_scheduler_type = SchedulerType(self.alignment_lr_scheduler_type)
+        args.warmup_steps = self.alignment_warmup_steps
+        args.lr_scheduler_kwargs = None
         args.per_device_train_batch_size = self.alignment_batch_size
         args.gradient_accumulation_steps = 1
         args.activation_checkpointing = args.gradient_checkpointing = False

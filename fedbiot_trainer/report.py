@@ -120,7 +120,7 @@ def plot_rounds(records: list[dict], image_file: str | Path):
         image_file (`str` or `Path`): Image to write; the suffix decides the format.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, alignment = figure.subplots(1, 2)
@@ -150,9 +150,16 @@ def plot_rounds(records: list[dict], image_file: str | Path):
             )
     alignment.set(title="Emulator against full model, public text", xlabel="round", ylabel="alignment loss")
     if alignment.lines:
-        alignment.set_yscale("log")
         alignment.legend(frameon=False)
     for axes in (losses, alignment):
+        values = [value for line in axes.lines for value in line.get_ydata()]
+        if min(values, default=0) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        elif axes is alignment:
+            axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)

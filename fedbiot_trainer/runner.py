@@ -238,20 +238,20 @@ class FederatedRunner:
             alignment = self.server.align(self.args.alignment_steps)
         with timed(seconds, "broadcast"):
             start = self.server.start_round(server_round)
-        replies = {}
-        with timed(seconds, "local_training"):
-            for name in self._sample(server_round):
+        names = self._sample(server_round)
+        metrics, refused, bytes_up = {}, {}, 0
+        for name in names:
+            with timed(seconds, "local_training"):
                 progress.phase(server_round, f"client {name}")
-                replies[name] = self.clients[name].fit(start, server_round)
-        updates, refused = [], {}
-        with timed(seconds, "aggregate"):
-            for name, reply in replies.items():
+                reply = self.clients[name].fit(start, server_round)
+            with timed(seconds, "aggregate"):
+                bytes_up += len(reply) if self.args.use_wire_format else 0
                 try:
-                    updates.append(self.server.receive(server_round, name, reply))
+                    metrics[name] = self.server.receive(server_round, name, reply)
                 except PayloadError as error:
                     refused[name] = str(error)
-            if updates:
-                self.server.aggregate(updates)
+        with timed(seconds, "aggregate"):
+            self.server.aggregate()
         evaluated = {}
         if self.evaluator is not None and self._evaluation_is_due(server_round):
             with timed(seconds, "evaluate"):
@@ -268,11 +268,11 @@ class FederatedRunner:
             "adap_fu_token_accuracy": evaluated.get("adap_fu", {}).get("token_accuracy"),
             "alignment_l2": alignment.get("alignment_l2"),
             "alignment_kl": alignment.get("alignment_kl"),
-            "client_losses": {update.client: update.metrics["loss"] for update in updates},
-            "proximal_terms": {update.client: update.metrics.get("proximal_term") for update in updates},
+            "client_losses": {name: values["loss"] for name, values in metrics.items()},
+            "proximal_terms": {name: values.get("proximal_term") for name, values in metrics.items()},
             "refused": refused,
-            "bytes_down": len(start) * len(replies) if on_wire else None,
-            "bytes_up": sum(len(reply) for reply in replies.values()) if on_wire else None,
+            "bytes_down": len(start) * len(names) if on_wire else None,
+            "bytes_up": bytes_up if on_wire else None,
             "seconds": seconds,
         }
 
@@ -285,8 +285,9 @@ class FederatedRunner:
 
     def _sample(self, server_round: int) -> list[str]:
         """Clients of a round, drawn without replacement; the same for the same seed and round."""
-        drawn = random.Random(f"{self.args.seed}/{server_round}").sample(sorted(self.clients), self._num_sampled())
-        return [name for name in self.clients if name in set(drawn)]
+        generator = random.Random(f"{self.args.seed}/{server_round}")
+        drawn = set(generator.sample(sorted(self.clients), self._num_sampled()))
+        return [name for name in self.clients if name in drawn]
 
     def _report(self, record: dict):
         """Give the round's scalars to trackers and callbacks."""

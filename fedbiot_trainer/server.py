@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .aggregation import federated_average
+from .aggregation import FederatedAverage
 from .alignment import EmulatorAlignmentTrainer, split_model
 from .config import FedBiOTConfig
 from .lora import CLIENT, EMULATOR, get_lora_state, save_lora, set_lora_state
@@ -47,6 +47,7 @@ class FederatedServer:
         self.split_model = split_model(model, args, peft_config, emulator_peft_config)
         self.client_lora = get_lora_state(self.split_model.emulator, CLIENT)
         self.emulator_lora = get_lora_state(self.split_model.emulator, EMULATOR)
+        self.average, self.received = FederatedAverage(), set()
         self.trainer = None
         # An emulator that drops nothing is the full model already.
         if args.aligns and self.split_model.split.dropped:
@@ -86,27 +87,37 @@ class FederatedServer:
         return EmulatorPackage.of(self.split_model, self.client_lora, self.emulator_lora)
 
     def start_round(self, server_round: int) -> bytes | RoundStart:
-        """The payload for every client of the round."""
+        """Open a round. Returns the payload for each of its clients."""
+        self.average, self.received = FederatedAverage(), set()
         start = RoundStart(server_round, self.client_lora, self.emulator_lora)
         return start.to_bytes() if self.args.use_wire_format else start
 
-    def receive(self, server_round: int, client: str, reply: bytes | ClientUpdate) -> ClientUpdate:
+    def receive(self, server_round: int, client: str, reply: bytes | ClientUpdate) -> dict[str, float]:
         """
-        Check a client's answer.
+        Check a client's answer and add it to the round's average.
+
+        Returns:
+            `dict[str, float]`: The client's metrics.
 
         Raises:
-            PayloadError: If it is damaged, from another round or client, of the wrong shape, or not finite.
+            PayloadError: If it is damaged, from another round or client, of the wrong shape, not finite, or the
+                client's second. It is not used then.
         """
         update = ClientUpdate.from_bytes(reply, server_round) if isinstance(reply, bytes) else reply
         update.check(server_round)
         if update.client != client:
             raise PayloadError(f"it is signed by client '{update.client}'")
+        if client in self.received:
+            raise PayloadError(f"client '{client}' has sent an update in this round already")
         check_lora("client LoRA", update.client_lora, self.client_lora)
-        return update
+        self.average.add(update)
+        self.received.add(client)
+        return update.metrics
 
-    def aggregate(self, updates: list[ClientUpdate]):
-        """Make the checked updates of a round the next client LoRA."""
-        self.client_lora = federated_average(updates)
+    def aggregate(self):
+        """Close the round: the average of the updates received is the next client LoRA. None leaves it as it is."""
+        if self.received:
+            self.client_lora = self.average.result()
 
     def save_client_lora(self, folder: str | Path, model_name: str | None):
         """Write the client LoRA as a PEFT folder for the full model, with the full model's layer indices."""

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from fedbiot_trainer import ClientUpdate
-from fedbiot_trainer.aggregation import federated_average
+from fedbiot_trainer.aggregation import FederatedAverage
+
+
+def federated_average(updates):
+    average = FederatedAverage()
+    for update in updates:
+        average.add(update)
+    return average.result()
 
 
 def make_update(client, num_examples, seed, dtype=torch.float32):
@@ -36,5 +43,5 @@ def test_order_does_not_matter():
 
 
 def test_nothing_to_average():
-    with pytest.raises(ValueError, match="`updates` is empty"):
+    with pytest.raises(ValueError, match="No update was added"):
         federated_average([])

@@ -9,7 +9,7 @@ from conftest import sums, tiny_model
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
 
-from fedbiot_trainer import ClientUpdate, FederatedRunner, RoundStart
+from fedbiot_trainer import ClientUpdate, FederatedRunner, PayloadError, RoundStart
 from fedbiot_trainer.lora import get_lora_state, set_lora_state
 
 
@@ -413,9 +413,15 @@ def test_round_without_a_valid_update_stops_the_run(make_runner):
     assert_same(saved, runner.server.client_lora)
 
 
-def test_client_refuses_a_bad_start(make_runner):
-    from fedbiot_trainer import PayloadError
+def test_second_update_of_a_client_is_refused(make_runner):
+    runner = make_runner()
+    reply = runner.clients["north"].fit(runner.server.start_round(1), 1)
+    runner.server.receive(1, "north", reply)
+    with pytest.raises(PayloadError, match="client 'north' has sent an update in this round already"):
+        runner.server.receive(1, "north", reply)
 
+
+def test_client_refuses_a_bad_start(make_runner):
     runner = make_runner()
     client, start = runner.clients["north"], runner.server.start_round(1)
     with pytest.raises(PayloadError, match="truncated or altered"):
