@@ -16,6 +16,7 @@ With data of your own, one file per client:
         --public_prompt_template "{instruction} {input}" --public_completion_template " {output}" --output_dir out
 """
 
+import runpy
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -97,10 +98,15 @@ def load(name: str, config: str | None, split: str, templates: tuple, limit: int
 def load_datasets(script_args: FederatedScriptArguments, seed: int) -> dict:
     """The dataset arguments of [`FederatedRunner`]."""
     if script_args.task == "demo":
-        sys.path.insert(0, str(RECIPES / "demo"))
-        from task import load_demo
-
-        return load_demo(seed)
+        task = runpy.run_path(str(RECIPES / "demo" / "task.py"))
+        client_datasets, eval_dataset = task["private_domains"](
+            {"clinic": 300, "shop": 450, "library": 600}, seed=seed
+        )
+        return {
+            "client_datasets": client_datasets,
+            "public_dataset": task["public_corpus"](3000, seed=seed),
+            "eval_dataset": eval_dataset,
+        }
 
     private = (script_args.prompt_template, script_args.completion_template)
     public = (script_args.public_prompt_template, script_args.public_completion_template)

@@ -1,0 +1,129 @@
+"""
+Whether memory grows with the number of simulated clients.
+
+Each run of a `FederatedRunner` has its own process; compared is its peak resident memory (`VmHWM`). One series has the
+same number of training examples in all, the other the same number for each client. A last row compares addresses: how
+many of the emulator's bytes are the full model's own.
+
+    python benchmarks/memory.py --json memory.json
+"""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import parser, random_llama, show, spread, token_dataset, word_tokenizer
+
+
+TARGET = 1.03
+SERIES = {"examples in all": (1200, None), "examples per client": (None, 4)}
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far. Unlike `ru_maxrss`, it does not start at the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def run_federation(args) -> dict:
+    """One run, in this process."""
+    from peft import LoraConfig
+
+    from fedbiot_trainer import FedBiOTConfig, FederatedRunner
+
+    model = random_llama(args.hidden_size, args.num_layers, args.vocab_size)
+    examples = args.examples_per_client
+    clients = {
+        f"client-{i}": token_dataset(examples, args.num_tokens, args.vocab_size, i) for i in range(args.num_clients)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config = FedBiOTConfig(
+            folder,
+            num_rounds=2,
+            local_steps=2,
+            initial_alignment_steps=2,
+            alignment_steps=2,
+            per_device_train_batch_size=2,
+            report_to="none",
+            log_level="error",
+        )
+        runner = FederatedRunner(
+            model,
+            config,
+            clients,
+            public_dataset=token_dataset(64, args.num_tokens, args.vocab_size),
+            processing_class=word_tokenizer(args.vocab_size),
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        )
+        prepared = peak_mb()
+        runner.train()
+        return {"prepared_mb": prepared, "peak_mb": peak_mb(), "shared": shared_bytes(runner.server.split_model)}
+
+
+def shared_bytes(split_model) -> float:
+    """Share of the bytes of emulator + adapter layers, LoRAs apart, that lie in the full model's tensors."""
+
+    def tensors(model):
+        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        return {tensor.data_ptr(): tensor.nbytes for name, tensor in named if "lora_" not in name}
+
+    full, emulator = tensors(split_model.full), tensors(split_model.emulator)
+    return sum(size for address, size in emulator.items() if address in full) / sum(emulator.values())
+
+
+def in_subprocess(args, num_clients: int, examples_per_client: int) -> dict:
+    sizes = ("hidden_size", "num_layers", "vocab_size", "num_tokens")
+    command = [sys.executable, __file__, *(f"--{name}={getattr(args, name)}" for name in sizes)]
+    command += [f"--num_clients={num_clients}", f"--examples_per_client={examples_per_client}"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--hidden_size", type=int, default=64)
+    arguments.add_argument("--num_layers", type=int, default=6)
+    arguments.add_argument("--vocab_size", type=int, default=512)
+    arguments.add_argument("--num_tokens", type=int, default=64, help="Tokens per example.")
+    arguments.add_argument("--clients", type=int, nargs="+", default=[3, 30, 100, 300], help="The first is the base.")
+    arguments.add_argument("--repetitions", type=int, default=2, help="Processes per configuration.")
+    arguments.add_argument("--num_clients", type=int, help="Only this run, in this process; prints one line of JSON.")
+    arguments.add_argument("--examples_per_client", type=int, default=4)
+    args = arguments.parse_args()
+    if args.num_clients:
+        print("\n" + json.dumps(run_federation(args)))
+        return
+    if args.quick:
+        args.clients, args.repetitions = [3, 12], 1
+
+    rows = []
+    for series, (total, per_client) in list(SERIES.items())[: 1 if args.quick else None]:
+        results = {
+            clients: [in_subprocess(args, clients, per_client or total // clients) for _ in range(args.repetitions)]
+            for clients in args.clients
+        }
+        peaks = {clients: statistics.median(r["peak_mb"] for r in runs) for clients, runs in results.items()}
+        base = peaks[args.clients[0]]
+        rows += [
+            {
+                "constant": series,
+                "num_clients": clients,
+                "examples_per_client": per_client or total // clients,
+                "prepared_mb": statistics.median(result["prepared_mb"] for result in runs),
+                "peak_mb": peaks[clients],
+                **spread(result["peak_mb"] / base for result in runs),
+                "target": TARGET,
+            }
+            for clients, runs in results.items()
+        ]
+    shared = spread(result["shared"] for result in results[args.clients[0]])
+    rows.append({"constant": "emulator bytes shared with the full model", **shared, "target": 1.0})
+    show("Peak memory of a run against the run with the fewest clients", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
