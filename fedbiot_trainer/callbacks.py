@@ -13,6 +13,9 @@ from transformers.utils import logging as transformers_logging
 from .trainer import RoundTrainer
 
 
+MAX_NAMED_CLIENTS = 4  # more are summed up in a round's line
+
+
 class RunProgress:
     """
     Progress of a federated run, counted in optimizer steps.
@@ -82,11 +85,18 @@ class RunProgress:
         width = len(str(self.num_rounds))
         parts = [f"round {record['server_round']:>{width}}/{self.num_rounds}"]
         if record["alignment_l2"] is not None:
-            parts.append(f"align L2 {record['alignment_l2']:.4f}")
-        parts.append("  ".join(f"{name} {loss:.3f}" for name, loss in record["client_losses"].items()))
+            parts.append(f"align L2 {record['alignment_l2']:.3f}")
+        losses = record["client_losses"]
+        if len(losses) > MAX_NAMED_CLIENTS:
+            low, high = min(losses.values()), max(losses.values())
+            parts.append(f"{len(losses)} clients {sum(losses.values()) / len(losses):.3f} ({low:.3f}-{high:.3f})")
+        else:
+            parts.append("  ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
         if record["adap_emu_loss"] is not None:
-            parts.append(f"AdapEmu {record['adap_emu_loss']:.4f}  AdapFu {record['adap_fu_loss']:.4f}")
-        parts.append(f"{sum(record['seconds'].values()):.1f} s, ETA {self.eta}")
+            parts.append(f"AdapEmu {record['adap_emu_loss']:.3f}  AdapFu {record['adap_fu_loss']:.3f}")
+        parts.append(f"{sum(record['seconds'].values()):.1f} s")
+        if not self.console.is_terminal:  # the live display shows it
+            parts.append(f"ETA {self.eta}")
         self.line(" | ".join(parts))
         for name, reason in record["refused"].items():
             self.line(f"  [yellow]refused the update of client '{name}': {reason}[/yellow]")

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import subprocess
@@ -6,8 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import sums, tiny_model
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
+from trl import SFTConfig, SFTTrainer
 
 from fedbiot_trainer import ClientUpdate, FederatedRunner, PayloadError, RoundStart
 from fedbiot_trainer.lora import get_lora_state, set_lora_state
@@ -173,6 +175,31 @@ def test_frozen_tensors_are_bit_identical(make_runner, model_type, dtype, tied):
     emulator = runner.server.split_model.package_model.state_dict()
     assert {tensor.data_ptr() for tensor in emulator.values()} < full
     assert any(not torch.equal(client[key], tensor) for key, tensor in runner.server.client_lora.items())
+
+
+def test_one_client_in_one_round_is_plain_sft(make_runner, tokenizer, tmp_path):
+    """No proximal term, no alignment, nothing dropped: the round trip through server and payloads adds nothing."""
+    runner = make_runner(
+        client_datasets={"only": sums(0, 8)}, num_rounds=1, local_steps=8, proximal_weight=0.0,
+        initial_alignment_steps=0, alignment_steps=0, emulator_drop_ratio=0.0,
+    )  # fmt: skip
+    start = runner.server.split_model.split.to_full(runner.server.client_lora)
+    config = copy.deepcopy(runner.server.split_model.full.peft_config["client"])
+    runner.train()
+
+    plain_model = get_peft_model(tiny_model(), config)
+    set_lora_state(plain_model, "default", start)
+    args = SFTConfig(
+        str(tmp_path / "plain"), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, adam_beta2=0.95,
+        lr_scheduler_type="constant", bf16=False, use_cpu=True, report_to="none", activation_checkpointing=False,
+    )  # fmt: skip
+    plain = SFTTrainer(plain_model, args, train_dataset=sums(0, 8), processing_class=tokenizer)
+    loss = plain.train().training_loss
+
+    assert rounds_of(runner)[0]["client_losses"]["only"] == pytest.approx(loss, abs=1e-6)
+    result = runner.server.split_model.split.to_full(runner.server.client_lora)
+    trained = get_lora_state(plain_model, "default")
+    assert all(torch.allclose(result[key], trained[key], atol=1e-6) for key in trained)
 
 
 def test_same_seed_same_run(make_runner, tmp_path):

@@ -1,0 +1,90 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from fedbiot_trainer.callbacks import RunProgress
+
+
+def record(**changes):
+    return {
+        "server_round": 2,
+        "alignment_l2": 0.5,
+        "client_losses": {"north": 1.0, "south": 2.0},
+        "adap_emu_loss": 3.0,
+        "adap_fu_loss": 2.5,
+        "seconds": {"align": 1.0, "evaluate": 0.5},
+        "refused": {},
+        **changes,
+    }
+
+
+@pytest.fixture
+def make_progress():
+    def make(terminal=False, enabled=True):
+        return RunProgress(10, 3, Console(file=io.StringIO(), force_terminal=terminal, width=100), enabled)
+
+    return make
+
+
+def printed(progress):
+    return progress.console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["plain", "terminal"])
+def test_a_round_in_one_line(make_progress, terminal):
+    progress = make_progress(terminal)
+    with progress:
+        for _ in range(4):
+            progress.step(0.7)
+        progress.round_line(record())
+    assert "round 2/3 | align L2 0.500 | north 1.000  south 2.000 | AdapEmu 3.000  AdapFu 2.500 | 1.5 s" in printed(
+        progress
+    )
+
+
+def test_what_is_not_measured_is_not_shown(make_progress):
+    progress = make_progress()
+    progress.round_line(record(alignment_l2=None, adap_emu_loss=None, adap_fu_loss=None))
+    assert printed(progress).startswith("round 2/3 | north 1.000  south 2.000 | 1.5 s")
+
+
+def test_many_clients_are_summed_up(make_progress):
+    progress = make_progress()
+    progress.round_line(record(client_losses={f"c{i}": float(i) for i in range(9)}))
+    assert "9 clients 4.000 (0.000-8.000)" in printed(progress)
+
+
+def test_refusals_are_shown(make_progress):
+    progress = make_progress()
+    progress.round_line(record(client_losses={}, refused={"south": "its digest does not match its content"}))
+    assert "refused the update of client 'south': its digest does not match" in printed(progress)
+
+
+def test_live_display_says_where_the_run_is(make_progress):
+    progress = make_progress(terminal=True)
+    with progress:
+        progress.phase(2, "client north")
+        progress.step(0.731)
+        progress._live.refresh()
+    for text in ("round 2/3", "client north", "loss 0.731", "ETA"):
+        assert text in printed(progress)
+
+
+def test_eta_counts_the_steps(make_progress, monkeypatch):
+    clock = iter([0.0, 30.0, 3600.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    progress = make_progress()
+    assert progress.eta == "--:--"
+    progress.steps_done = 5
+    assert progress.eta == "0:30"
+    progress.steps_done, progress.total_steps = 1, 3
+    assert progress.eta == "2:00:00"
+
+
+def test_nothing_is_printed_when_logging_is_off(make_progress):
+    progress = make_progress(terminal=True, enabled=False)
+    with progress:
+        progress.step(0.5)
+        progress.round_line(record())
+    assert printed(progress) == ""
