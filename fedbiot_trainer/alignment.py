@@ -58,12 +58,11 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         if not isinstance(model, SplitModel):
             model = split_model(model, args, peft_config, emulator_peft_config)
         self.split_model = model
-        self.full = model.full
+        self.full = model.full.to(args.device)
         args = args.alignment_arguments()
         args.model_init_kwargs = None
         total_steps = args.initial_alignment_steps + args.num_rounds * args.alignment_steps
         super().__init__(model.emulator, args, total_steps, train_dataset, **kwargs)
-        self.full.to(self.accelerator.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask = inputs["attention_mask"]
@@ -71,6 +70,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         split = self.split_model.split
         with (
             torch.no_grad(),
+            self.accelerator.autocast(),
             entering_states(self.full, split.layers_name, split.adapter_indices[0]) as teacher_states,
         ):
             teacher_logits = self.full(**inputs).logits

@@ -33,7 +33,7 @@ class RunProgress:
         self.started = time.perf_counter()
         self._where = ""
         self._live = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -75,10 +75,10 @@ class RunProgress:
             self._task, advance=1, description=f"{self._where} · loss {loss:.3f}", eta=self.eta, refresh=False
         )
 
-    def line(self, text: str):
+    def line(self, text: str, style: str | None = None):
         """Print a line above the live display."""
         if self.enabled:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def round_line(self, record: dict):
         """Print a round's numbers."""
@@ -99,7 +99,7 @@ class RunProgress:
             parts.append(f"ETA {self.eta}")
         self.line(" | ".join(parts))
         for name, reason in record["refused"].items():
-            self.line(f"  [yellow]refused the update of client '{name}': {reason}[/yellow]")
+            self.line(f"  refused the update of client '{name}': {reason}", style="yellow")
 
 
 class StepReporter(TrainerCallback):

@@ -4,6 +4,7 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .lora import SplitModel
 from .trainer import RoundTrainer
@@ -28,9 +29,10 @@ class Evaluator:
         if self.args.eval_exact_match:
             _check_generation_columns(dataset)
         self.models, self.dataset = models, dataset
-        self.processing_class, self.data_collator = trainer.processing_class, trainer.data_collator
+        self.processing_class = trainer.processing_class
+        self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)
         self.autocast = trainer.accelerator.autocast
-        self.tokens = trainer.prepare(dataset, "`eval_dataset`")
+        self.tokens = trainer.prepare(dataset, "`eval_dataset`", packing=False)
         self._zero_shot: dict[str, float] = {}
 
     def zero_shot(self, generate: bool = False) -> dict[str, float]:

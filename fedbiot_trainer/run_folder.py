@@ -95,7 +95,7 @@ class RunFolder:
                 "total": seconds,
                 **{phase: sum(record["seconds"].get(phase, 0) for record in self.records) for phase in phases},
             },
-            "settings": json.loads(self.args.to_json_string()),
+            "settings": json.loads(json.dumps(self.args.to_dict(), default=str)),
             "peft_config": json.loads(
                 json.dumps(server.split_model.full.peft_config["client"].to_dict(), default=list)
             ),

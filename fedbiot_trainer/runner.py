@@ -45,7 +45,7 @@ class FederatedRunner:
 
     Args:
         model (`str` or `PreTrainedModel`):
-            The full model, loaded or by name.
+            The full model, loaded or by name. Its tensors are shared, not copied: they stay as they are, frozen.
         args ([`FedBiOTConfig`]):
             Configuration.
         client_datasets (`dict[str, Dataset]` or sequence of `(name, Dataset)`, *optional*):
@@ -150,12 +150,17 @@ class FederatedRunner:
             `dict`: The content of `summary.json`.
 
         Raises:
-            RuntimeError: If no client of a round sent a valid update. Everything up to that round is saved.
+                ValueError: If this runner has trained already.
         """
         if resume_from_checkpoint:
             raise ValueError(
                 f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but this version cannot resume a run. The "
                 f"LoRAs after the last round are in '{self.folder.path}'."
+            )
+        if self.state.global_step > 0:
+            raise ValueError(
+                f"This runner has trained {self.state.global_step} rounds. Make another one, with another `output_dir`, to "
+                "train again."
             )
         args, started = self.args, time.perf_counter()
         self.folder.claim()
@@ -196,7 +201,7 @@ class FederatedRunner:
         if args.should_log:
             if results:
                 self.console.print("", result_table(self.summary))
-            self.console.print(*result_lines(self.summary, self.folder.path), sep="\n", highlight=False)
+            self.console.print(*result_lines(self.summary, self.folder.path), sep="\n", highlight=False, soft_wrap=True)
         return self.summary
 
     def _start(self, progress: RunProgress) -> dict[str, float]:

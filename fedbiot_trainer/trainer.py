@@ -93,17 +93,23 @@ class RoundTrainer(SFTTrainer):
                 "the model's own tokenizer, or resize the full model's embedding before you split it."
             )
 
-    def prepare(self, dataset: Dataset, name: str) -> Dataset:
+    def prepare(self, dataset: Dataset, name: str, packing: bool | None = None) -> Dataset:
         """
-        Tokenize a dataset as the trainer's own is, without packing if `args.packing` is off.
+        Tokenize a dataset as the trainer's own is.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): Text, in any form that [`~trl.SFTTrainer`] takes.
+            name (`str`): What errors call it.
+            packing (`bool`, *optional*): Defaults to `args.packing`.
 
         Raises:
             ValueError: If it has no example with a token to train on.
         """
         if len(dataset) == 0:
             raise ValueError(f"The dataset of {name} is empty.")
+        packing = self.args.packing if packing is None else packing
         prepared = self._prepare_dataset(
-            dataset, self.processing_class, self.args, self.args.packing, self._formatting_func, name
+            dataset, self.processing_class, self.args, packing, self._formatting_func, name
         )
         if len(prepared) == 0:
             raise ValueError(

@@ -57,8 +57,9 @@ def test_many_clients_are_summed_up(make_progress):
 
 def test_refusals_are_shown(make_progress):
     progress = make_progress()
-    progress.round_line(record(client_losses={}, refused={"south": "its digest does not match its content"}))
-    assert "refused the update of client 'south': its digest does not match" in printed(progress)
+    progress.round_line(record(client_losses={"[b]x[/b]": 1.0}, refused={"south": "`a` is [2, 3]"}))
+    assert "refused the update of client 'south': `a` is [2, 3]" in printed(progress)
+    assert "[b]x[/b] 1.000" in printed(progress)
 
 
 def test_live_display_says_where_the_run_is(make_progress):

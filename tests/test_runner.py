@@ -511,6 +511,19 @@ def test_loaded_model_needs_a_tokenizer(make_args):
         FederatedRunner(tiny_model(), make_args(), {"a": sums(0, 2)}, public_dataset=sums(0, 2))
 
 
+def test_a_runner_trains_once(make_runner):
+    runner = make_runner(num_rounds=1)
+    runner.train()
+    with pytest.raises(ValueError, match="This runner has trained 1 rounds"):
+        runner.train()
+    assert len(rounds_of(runner)) == 1
+
+
+def test_settings_that_json_does_not_know(make_runner):
+    runner = make_runner(num_rounds=1, model_init_kwargs={"dtype": torch.float32})
+    assert "float32" in runner.train()["settings"]["model_init_kwargs"]["dtype"]
+
+
 def test_resume_is_refused(make_runner):
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is True, but this version cannot resume"):
         make_runner().train(resume_from_checkpoint=True)

@@ -278,6 +278,13 @@ def test_nothing_to_align_when_nothing_is_dropped(make_alignment, batch):
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == 0
 
 
+def test_teacher_and_student_have_the_same_precision(make_alignment):
+    trainer = make_alignment(emulator_drop_ratio=0.0, bf16=True, initial_alignment_steps=1)
+    trainer.train()
+    assert trainer.step_metrics["alignment_l2"] == [0.0]
+    assert trainer.step_metrics["alignment_kl"] == [0.0]
+
+
 def test_no_dropout_in_alignment(make_args, tokenizer, batch):
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     config = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear")
