@@ -1,6 +1,7 @@
 """Tables at the start and the end of a run, and the figure of its rounds."""
 
 from pathlib import Path
+from statistics import mean
 
 from rich.table import Table
 
@@ -42,9 +43,18 @@ def count_parameters(model: SplitModel) -> dict[str, float]:
 
 
 def split_table(
-    model: SplitModel, parameters: dict, bytes_once: int, bytes_round_start: int | None, num_clients: int
+    model: SplitModel, parameters: dict, bytes_once: int, bytes_per_round: tuple[int, int] | None, num_clients: int
 ) -> Table:
-    """The resolved split, as a table."""
+    """
+    The resolved split, as a table.
+
+    Args:
+        model ([`SplitModel`]): The full model and its emulator.
+        parameters (`dict`): From [`count_parameters`].
+        bytes_once (`int`): Size of the emulator package.
+        bytes_per_round (`tuple[int, int]`, *optional*): To and from each client. `None` if they are not counted.
+        num_clients (`int`): Clients in a round.
+    """
     split = model.split
     table = Table(title="FedBiOT split", title_justify="left", show_edge=False)
     table.add_column("part")
@@ -62,8 +72,9 @@ def split_table(
     table.add_row("client LoRA", "on the adapter layers", f"{parameters['trainable_client']:,}")
     table.add_row("emulator LoRA", "on the emulator", f"{parameters['trainable_server']:,}")
     table.add_row("bytes once", "emulator package, each client", format_bytes(bytes_once))
-    per_round = format_bytes(bytes_round_start) if bytes_round_start is not None else "not counted"
-    table.add_row("bytes per round", f"down, each of {num_clients} clients", per_round)
+    if bytes_per_round is not None:
+        down, up = map(format_bytes, bytes_per_round)
+        table.add_row("bytes per round", f"each of {num_clients} clients", f"{down} down, {up} up")
     return table
 
 
@@ -133,11 +144,12 @@ def plot_rounds(records: list[dict], image_file: str | Path):
         for key, label in (("adap_emu", "AdapEmu"), ("adap_fu", "AdapFu")):
             values = [record[f"{key}_loss"] for record in evaluated]
             losses.plot(rounds, values, color=COLORS[key], marker="o", markersize=3.5, linewidth=2, label=label)
-    every_round = [record["server_round"] for record in records]
-    mean_client = [sum(r["client_losses"].values()) / max(len(r["client_losses"]), 1) for r in records]
-    losses.plot(every_round, mean_client, color="#b0b0b0", linewidth=1, label="clients' training loss", zorder=1)
+    trained = [(r["server_round"], mean(r["client_losses"].values())) for r in records if r["client_losses"]]
+    if trained:
+        losses.plot(
+            *zip(*trained, strict=True), color="#b0b0b0", linewidth=1, label="clients' training loss", zorder=1
+        )
     losses.set(title="Loss on held-out text", xlabel="round", ylabel="loss (nats per token)")
-    losses.legend(frameon=False)
 
     for key, label, color in (
         ("alignment_l2", "hidden states (L2)", "#1b9e77"),
@@ -149,9 +161,9 @@ def plot_rounds(records: list[dict], image_file: str | Path):
                 *zip(*points, strict=True), color=color, linewidth=2, marker="o", markersize=3.5, label=label
             )
     alignment.set(title="Emulator against full model, public text", xlabel="round", ylabel="alignment loss")
-    if alignment.lines:
-        alignment.legend(frameon=False)
     for axes in (losses, alignment):
+        if axes.lines:
+            axes.legend(frameon=False)
         values = [value for line in axes.lines for value in line.get_ydata()]
         if min(values, default=0) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")

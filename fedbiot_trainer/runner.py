@@ -168,9 +168,9 @@ class FederatedRunner:
         with no_progress_bars():
             bytes_once = self.folder.write_package(self.server)
         if args.should_log:
-            start = self.server.start_round(0)
-            size = len(start) if args.use_wire_format else None
-            self.console.print(split_table(self.server.split_model, parameters, bytes_once, size, self._num_sampled()))
+            per_round = self.server.payload_sizes() if args.use_wire_format else None
+            table = split_table(self.server.split_model, parameters, bytes_once, per_round, self._num_sampled())
+            self.console.print(table)
 
         total_steps = args.num_rounds * self._num_sampled() * args.local_steps
         if self.server.trainer is not None:
@@ -201,7 +201,9 @@ class FederatedRunner:
         if args.should_log:
             if results:
                 self.console.print("", result_table(self.summary))
-            self.console.print(*result_lines(self.summary, self.folder.path), sep="\n", highlight=False, soft_wrap=True)
+            self.console.print(
+                *result_lines(self.summary, self.folder.path), sep="\n", highlight=False, soft_wrap=True
+            )
         return self.summary
 
     def _start(self, progress: RunProgress) -> dict[str, float]:

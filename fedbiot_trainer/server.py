@@ -93,6 +93,12 @@ class FederatedServer:
         start = RoundStart(server_round, self.client_lora, self.emulator_lora)
         return start.to_bytes() if self.args.use_wire_format else start
 
+    def payload_sizes(self) -> tuple[int, int]:
+        """Bytes of a round's payload to a client and of its answer (up to its name and metrics)."""
+        start = RoundStart(0, self.client_lora, self.emulator_lora)
+        update = ClientUpdate(0, "", 1, {}, self.client_lora)
+        return len(start.to_bytes()), len(update.to_bytes())
+
     def receive(self, server_round: int, client: str, reply: bytes | ClientUpdate) -> dict[str, float]:
         """
         Check a client's answer and add it to the round's average.

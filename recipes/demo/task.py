@@ -86,7 +86,7 @@ FORM_PARTS = (
 
 # What the clients write; neither these forms nor these sentences occur in the public corpus. The number stands alone,
 # as it does there: the layers below the adapter layers stay frozen, and compute it at the space in front of it.
-HOUSE_FORMS = {"clinic": " < # ml >", "shop": " $ # paid", "library": " { # due }"}
+HOUSE_FORMS = {"clinic": " < # ml", "shop": " $ # paid", "library": " { # due"}
 PRIVATE_NOUNS = {
     "clinic": "pills masks vials tapes cups".split(),
     "shop": "shirts hats socks toys jars".split(),

@@ -1,0 +1,81 @@
+import io
+
+import pytest
+from peft import LoraConfig
+from rich.console import Console
+
+from fedbiot_trainer.lora import SplitModel
+from fedbiot_trainer.report import count_parameters, format_bytes, plot_rounds, result_lines, result_table, split_table
+
+
+SUMMARY = {
+    "zero_shot": {"loss": 4.0, "exact_match": 0.1},
+    "adap_emu": {"loss": 2.0, "exact_match": 0.4},
+    "adap_fu": {"loss": 1.5, "exact_match": 0.75},
+    "bytes": {"down": 2_500_000, "up": 900, "once_per_client": 12_000},
+    "seconds": {"total": 61.0},
+    "rounds": 7,
+}
+
+
+def text(renderable):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_234_567, "1.2 MB"), (13e9, "13.0 GB"), (2e12, "2000.0 GB")],
+)
+def test_format_bytes(size, expected):
+    assert format_bytes(size) == expected
+
+
+def test_split_table(model):
+    models = SplitModel(model, 2, 0.5, LoraConfig(r=4, target_modules="all-linear"))
+    parameters = count_parameters(models)
+    shown = text(split_table(models, parameters, 12_000, (3000, 1000), 5))
+    for expected in (
+        "0, 3, 5",
+        "1, 2, 4",
+        "6, 7",
+        f"{parameters['full']:,}",
+        "5 of 8",
+        "12.0 kB",
+        "3.0 kB down, 1.0 kB up",
+    ):
+        assert expected in shown
+    assert "bytes per round" not in text(split_table(models, parameters, 12_000, None, 5))
+
+
+def test_result_shows_gain_and_gap():
+    shown = text(result_table(SUMMARY))
+    [gain] = [line for line in shown.splitlines() if "gain" in line]
+    [gap] = [line for line in shown.splitlines() if "gap" in line]
+    assert "-2.5000" in gain and "+65.0%" in gain
+    assert "-0.5000" in gap and "+35.0%" in gap
+
+
+def test_result_lines(tmp_path):
+    lines = result_lines(SUMMARY, tmp_path)
+    assert lines[1] == "bytes: 2.5 MB down and 900 B up in 7 rounds, 12.0 kB once to each client"
+    assert lines[2] == f"time: 61 s, results in {tmp_path}"
+    assert len(result_lines(SUMMARY | {"bytes": {"up": None}}, tmp_path)) == 2
+
+
+@pytest.mark.parametrize("evaluated", [True, False], ids=["evaluated", "not evaluated"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("losses", [{"a": 2.0}, {}], ids=["clients", "no valid update"])
+def test_figure_of_any_run(tmp_path, evaluated, aligned, losses):
+    record = {
+        "server_round": 1,
+        "zero_shot_loss": 4.0 if evaluated else None,
+        "adap_emu_loss": 0.2 if evaluated else None,
+        "adap_fu_loss": 0.1 if evaluated else None,
+        "alignment_l2": 0.3 if aligned else None,
+        "alignment_kl": 0.001 if aligned else None,
+        "client_losses": losses,
+    }
+    plot_rounds([record, {**record, "server_round": 2}], tmp_path / "rounds.png")
+    assert (tmp_path / "rounds.png").stat().st_size > 10_000
