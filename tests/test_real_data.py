@@ -7,11 +7,11 @@ from datasets import load_dataset
 from peft import LoraConfig
 
 
-DATA = Path(os.environ.get("FEDBIOT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("FEDBIOT_DATA", ""))
 
 pytestmark = pytest.mark.skipif(
     not (DATA / "gsm8k_train.jsonl").exists(),
-    reason="needs gsm8k_train.jsonl and codealpaca.jsonl in the folder that FEDBIOT_DATA names",
+    reason="FEDBIOT_DATA names no folder with gsm8k_train.jsonl, gsm8k_test.jsonl and codealpaca.jsonl",
 )
 
 
