@@ -19,7 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 # Names under which decoder layers and their attention modules keep their own position.
 _INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
-_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and value is not None)
+# Everything a module keeps of hooks that run with it; hooks for state dicts stay.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and ("forward" in name or "backward" in name))
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ def _twin(root: nn.Module, split: EmulatorSplit, configs: dict[int, PretrainedCo
         new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         for name in _HOOKS:
             setattr(new, name, OrderedDict())
+        # transformers puts hooks on a model that was once asked for hidden states, and this mark; the twin gets its own.
+        vars(new).pop("_output_capturing_hooks_installed", None)
         if id(vars(module).get("config")) in configs:
             new.config = configs[id(module.config)]
         children = list(module._modules.items())

@@ -142,6 +142,15 @@ def test_hooks_and_loras_stay_on_their_side(model, batch):
     assert not calls
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon"])
+def test_hidden_states_of_a_model_that_gave_some_before(model_type, batch):
+    model = tiny_model(model_type)
+    model(**batch, output_hidden_states=True)
+    emulator = build_emulator(model, split_layers(model, 2, 0.5))
+    assert len(emulator(**batch, output_hidden_states=True).hidden_states) == 6
+    assert len(model(**batch, output_hidden_states=True).hidden_states) == 9
+
+
 @pytest.mark.parametrize("num_adapter_layers", [8, 9])
 def test_adapter_layers_that_leave_no_emulator(model, num_adapter_layers):
     with pytest.raises(ValueError, match=f"`num_adapter_layers` is {num_adapter_layers}.*Use at most 7"):
