@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "accelerate>=1.15,<2",
         "datasets>=5.2,<6",
-        "huggingface_hub>=1.0,<2",
+        "huggingface_hub>=2.0,<3",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=2.0",
