@@ -121,9 +121,12 @@ def _decode(data: bytes) -> tuple[dict[str, Any], LoraState]:
         raise PayloadError("its digest does not match its content: it is truncated or altered")
     end = 8 + int.from_bytes(rest[:8], "little")
     try:
-        return json.loads(bytes(rest[8:end])), load(bytes(rest[end:]))
-    except (json.JSONDecodeError, SafetensorError) as error:
+        manifest, tensors = json.loads(bytes(rest[8:end])), load(bytes(rest[end:]))
+    except (ValueError, SafetensorError) as error:
         raise PayloadError(f"it cannot be read: {error}") from error
+    if not isinstance(manifest, dict):
+        raise PayloadError("its manifest is not an object")
+    return manifest, tensors
 
 
 @dataclass
@@ -173,6 +176,8 @@ class ClientUpdate(_Payload):
         super().check(server_round)
         if self.num_examples < 1:
             raise PayloadError(f"`num_examples` is {self.num_examples}, but a client that trained holds at least one")
+        if "loss" not in self.metrics:
+            raise PayloadError("metric `loss` is missing")
         for name, value in self.metrics.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise PayloadError(f"metric `{name}` is {value!r}, expected a finite number")

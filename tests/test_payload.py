@@ -1,8 +1,11 @@
+import hashlib
+
 import pytest
 import torch
+from safetensors.torch import save
 
 from fedbiot_trainer import ClientUpdate, PayloadError, RoundStart
-from fedbiot_trainer.payload import check_lora
+from fedbiot_trainer.payload import MAGIC, check_lora
 
 
 STATE = {"layers.0.lora_A.weight": torch.arange(6.0).view(2, 3), "layers.0.lora_B.weight": torch.ones(3, 2)}
@@ -49,6 +52,34 @@ def test_every_truncation_is_noticed(update):
             ClientUpdate.from_bytes(data[:length], server_round=3)
 
 
+def sealed(manifest: bytes, tensors: bytes) -> bytes:
+    """A payload whose digest is right, whatever is in it."""
+    rest = len(manifest).to_bytes(8, "little") + manifest + tensors
+    return MAGIC + hashlib.sha256(rest).digest() + rest
+
+
+@pytest.mark.parametrize(
+    "manifest, tensors, message",
+    [
+        (b"{", save({}), "it cannot be read"),
+        (b"\xff\xfe", save({}), "it cannot be read"),
+        (b"[]", save({}), "its manifest is not an object"),
+        (b"{}", b"not safetensors", "it cannot be read"),
+        (b"{}", save({}), "expected client_update of schema 1, got None"),
+        (b'{"kind": "client_update", "schema_version": 2}', save({}), "got client_update of schema 2"),
+        (
+            b'{"kind": "client_update", "schema_version": 1}',
+            save({"other/a": torch.ones(1)}),
+            "unknown tensor `other/a`",
+        ),
+        (b'{"kind": "client_update", "schema_version": 1}', save({}), "`server_round` is None, expected"),
+    ],
+)
+def test_content_that_nobody_of_ours_writes(manifest, tensors, message):
+    with pytest.raises(PayloadError, match=message):
+        ClientUpdate.from_bytes(sealed(manifest, tensors), server_round=3)
+
+
 def test_payload_from_another_round(update):
     with pytest.raises(PayloadError, match="from round 3, but this is round 4"):
         ClientUpdate.from_bytes(update.to_bytes(), server_round=4)
@@ -68,6 +99,7 @@ def test_payload_of_another_kind(update):
         ("client", 1, "`client` is 1, expected a value of type str"),
         ("metrics", {"loss": float("nan")}, "metric `loss` is nan, expected a finite number"),
         ("metrics", {"loss": "0.5"}, "metric `loss` is '0.5'"),
+        ("metrics", {}, "metric `loss` is missing"),
     ],
 )
 def test_manifest_is_checked(update, field, value, message):

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
 from trl import SFTConfig, SFTTrainer
 
-from fedbiot_trainer import ClientUpdate, FederatedRunner, PayloadError, RoundStart
+from fedbiot_trainer import ClientUpdate, FedBiOTConfig, FederatedRunner, PayloadError, RoundStart
 from fedbiot_trainer.lora import get_lora_state, set_lora_state
 
 
@@ -36,8 +36,6 @@ def assert_same(one, other):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, request):
     """One run from a model on disk, for the tests that only look."""
-    from fedbiot_trainer import FedBiOTConfig
-
     tokenizer = request.getfixturevalue("tokenizer")
     folder = tmp_path_factory.mktemp("run")
     tiny_model().save_pretrained(folder / "base")
@@ -522,6 +520,12 @@ def test_a_runner_trains_once(make_runner):
 def test_settings_that_json_does_not_know(make_runner):
     runner = make_runner(num_rounds=1, model_init_kwargs={"dtype": torch.float32})
     assert "float32" in runner.train()["settings"]["model_init_kwargs"]["dtype"]
+
+
+def test_several_processes_are_refused(make_runner, monkeypatch):
+    monkeypatch.setattr(FedBiOTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="launched with 2 processes, but this version trains in one"):
+        make_runner()
 
 
 def test_resume_is_refused(make_runner):
