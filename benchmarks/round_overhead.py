@@ -8,7 +8,6 @@ and checking payloads, and whole rounds with `use_wire_format` against rounds wi
     python benchmarks/round_overhead.py --json round_overhead.json
 """
 
-import gc
 import statistics
 import tempfile
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ import fedbiot_trainer.client
 import fedbiot_trainer.server
 from fedbiot_trainer import ClientUpdate, FedBiOTConfig, FederatedRunner, RoundStart
 from fedbiot_trainer.payload import check_lora
+from fedbiot_trainer.trainer import frozen_garbage
 
 
 # hidden_size, num_layers, vocab_size, intermediate_size
@@ -51,12 +51,8 @@ def federation(sizes: dict):
             processing_class=word_tokenizer(vocab_size),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         )
-        gc.collect()
-        gc.freeze()
-        try:
+        with frozen_garbage():
             yield runner
-        finally:
-            gc.unfreeze()
 
 
 def run_round(runner: FederatedRunner, server_round: int):
@@ -64,8 +60,9 @@ def run_round(runner: FederatedRunner, server_round: int):
     server = runner.server
     server.align(runner.args.alignment_steps)
     start = server.start_round(server_round)
-    replies = {name: client.fit(start, server_round) for name, client in runner.clients.items()}
-    server.aggregate([server.receive(server_round, name, reply) for name, reply in replies.items()])
+    for name, client in runner.clients.items():
+        server.receive(server_round, name, client.fit(start, server_round))
+    server.aggregate()
 
 
 @contextmanager
