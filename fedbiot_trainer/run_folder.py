@@ -5,6 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from .config import FedBiOTConfig
 from .model_card import write_model_card
 from .report import plot_rounds
@@ -104,3 +106,13 @@ class RunFolder:
 
     def _total(self, key):
         return sum(record[key] for record in self.records) if self.args.use_wire_format else None
+
+    def push_to_hub(self, repo_id: str | None, private: bool | None, token: str | None) -> str:
+        """Upload `client_lora/`; see [`FederatedRunner.push_to_hub`]."""
+        repo_id = repo_id or self.args.hub_model_id
+        if repo_id is None:
+            raise ValueError("`repo_id` is None and `hub_model_id` is not set, so there is nowhere to push to.")
+        api = HfApi(token=token or self.args.hub_token)
+        private = self.args.hub_private_repo if private is None else private
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo_id, folder_path=self.path / "client_lora"))

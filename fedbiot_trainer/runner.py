@@ -342,13 +342,5 @@ class FederatedRunner:
         Raises:
             ValueError: If no repository is named.
         """
-        from huggingface_hub import HfApi
-
-        repo_id = repo_id or self.args.hub_model_id
-        if repo_id is None:
-            raise ValueError("`repo_id` is None and `hub_model_id` is not set, so there is nowhere to push to.")
-        private = self.args.hub_private_repo if private is None else private
         self.save_model()
-        api = HfApi(token=token or self.args.hub_token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=repo_id, folder_path=self.folder.path / "client_lora"))
+        return self.folder.push_to_hub(repo_id, private, token)

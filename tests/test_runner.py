@@ -352,7 +352,7 @@ def test_push_to_hub(make_runner, monkeypatch):
             pushed["files"] = sorted(path.name for path in folder_path.iterdir())
             return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("fedbiot_trainer.run_folder.HfApi", Api)
     runner = make_runner()
     runner.train()
     with pytest.raises(ValueError, match="`repo_id` is None and `hub_model_id` is not set"):
