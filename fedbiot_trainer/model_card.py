@@ -25,11 +25,13 @@ def write_model_card(folder: str | Path, model_name: str | None, args: FedBiOTCo
         library_name="peft",
         tags=["fedbiot", "federated-learning", "lora", "trl"],
     )
+    if model_name and not on_hub:  # the card may be published, and nobody else has this machine's folders
+        model_name = f"path/to/{Path(model_name).name}"
     template = resources.files("fedbiot_trainer") / "templates" / "model_card.md"
     card = ModelCard.from_template(
         data,
         template_str=template.read_text(),
-        base_model=model_name or "the base model",
+        base_model=model_name or "path/to/the/base/model",
         args=args,
         results=_results(summary),
         summary=summary,

@@ -125,6 +125,8 @@ def test_model_card(run):
     assert "library_name: peft" in card
     assert f"{run.summary['adap_fu']['loss']:.4f}" in card
     assert not re.search(r"\bNone\b(?! of them)", card)
+    assert 'from_pretrained("path/to/base")' in card
+    assert str(run.folder.path) not in card
 
 
 def test_package_with_its_loras_is_adap_emu(run, tokenizer):
