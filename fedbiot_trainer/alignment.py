@@ -55,7 +55,11 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     ):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        if not isinstance(model, SplitModel):
+        if isinstance(model, SplitModel):
+            if peft_config is not None or emulator_peft_config is not None:
+                given = "peft_config" if peft_config is not None else "emulator_peft_config"
+                raise ValueError(f"`{given}` was passed with a `SplitModel`, which has its LoRAs. Leave it out.")
+        else:
             model = split_model(model, args, peft_config, emulator_peft_config)
         self.split_model = model
         self.full = model.full.to(args.device)

@@ -106,8 +106,10 @@ class FederatedRunner:
         set_seed(args.seed)
         with no_progress_bars():
             if isinstance(model, str):
-                processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-                model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+                init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+                remote = {name: init_kwargs.get(name) for name in ("revision", "trust_remote_code")}
+                processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
+                model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
             if processing_class is None:
                 raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
             inner_args = args.quiet()

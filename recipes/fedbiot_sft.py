@@ -71,6 +71,11 @@ class FederatedScriptArguments(ScriptArguments):
         ):
             if (getattr(self, prompt) is None) != (getattr(self, completion) is None):
                 raise ValueError(f"`{prompt}` and `{completion}` belong together: set both or neither.")
+        if self.dataset_streaming:
+            raise ValueError(
+                "`dataset_streaming` is True, but a federated run needs to know where in the data a client is, which a "
+                "stream cannot tell. Leave it out."
+            )
         if self.task is None and (self.dataset_name is None) == (self.client_datasets is None):
             raise ValueError("Set one of `dataset_name` and `client_datasets`, or `task`.")
 

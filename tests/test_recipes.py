@@ -139,6 +139,7 @@ def test_one_file_for_each_client(files, tmp_path):
     [
         (["--emulator_drop_ratio", "1.5"], "`emulator_drop_ratio` is 1.5"),
         (["--model_name_or_path", "m"], "Set one of `dataset_name` and `client_datasets`, or `task`"),
+        (["--dataset_streaming", "true"], "`dataset_streaming` is True, but a federated run"),
         (["--model_name_or_path", "m", "--dataset_name", "gone.jsonl"], "There is no file 'gone.jsonl'"),
         (["--model_name_or_path", "m", "--client_datasets", "a.jsonl"], "`client_datasets` must be NAME=DATASET each"),
         (

@@ -506,6 +506,20 @@ def test_tokenizer_larger_than_the_embedding(make_runner):
         make_runner(model=tiny_model(vocab_size=40))
 
 
+def test_tokenizer_is_loaded_as_the_model_is(make_args, tokenizer, tmp_path, monkeypatch):
+    seen = {}
+    tiny_model().save_pretrained(tmp_path / "base")
+
+    def load(name, **kwargs):
+        seen.update(kwargs)
+        return tokenizer
+
+    monkeypatch.setattr("fedbiot_trainer.runner.AutoTokenizer.from_pretrained", load)
+    args = make_args(model_init_kwargs={"revision": "v2"}, trust_remote_code=True)
+    FederatedRunner(str(tmp_path / "base"), args, {"a": sums(0, 2)}, public_dataset=sums(0, 2))
+    assert seen == {"revision": "v2", "trust_remote_code": True}
+
+
 def test_loaded_model_needs_a_tokenizer(make_args):
     with pytest.raises(ValueError, match="`processing_class` is None"):
         FederatedRunner(tiny_model(), make_args(), {"a": sums(0, 2)}, public_dataset=sums(0, 2))

@@ -354,6 +354,12 @@ def test_streams_are_refused(package, make_args, tokenizer):
         ClientSFTTrainer(package, make_args(), sums(0, 8).to_iterable_dataset(), processing_class=tokenizer)
 
 
+def test_loras_of_a_split_model_are_settled(make_alignment, make_args, tokenizer):
+    models = make_alignment().split_model
+    with pytest.raises(ValueError, match="`peft_config` was passed with a `SplitModel`, which has its LoRAs"):
+        EmulatorAlignmentTrainer(models, make_args(), sums(0, 8), peft_config=LORA, processing_class=tokenizer)
+
+
 def test_optimizers_are_refused(package, make_args, tokenizer):
     with pytest.raises(ValueError, match="`optimizers` cannot be passed"):
         ClientSFTTrainer(package, make_args(), sums(0, 8), processing_class=tokenizer, optimizers=(object(), None))
