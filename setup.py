@@ -29,8 +29,10 @@ setup(
         "rich>=13.0",
         "safetensors>=0.8",
         "torch>=2.13,<2.14",
+        "tqdm>=4.60",
         "transformers>=5.23,<5.24",
         "trl>=1.16,<1.17",
+        "xxhash>=3.4",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19"],

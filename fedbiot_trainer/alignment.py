@@ -1,20 +1,28 @@
 """The server's step: train the emulator LoRA on public text until the emulator behaves like the full model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .config import FedBiOTConfig
+from .hidden_states import GB, HiddenStateStore, fill_store, store_folder, tensors_digest, texts_digest
 from .lora import CLIENT, EMULATOR, SplitModel, get_lora_state, load_lora, set_lora_state, with_rank
 from .losses import hidden_state_loss, masked_kl
 from .package import EmulatorPackage
+from .sharding import runnable
+from .teacher import Captured, OutputHead, capture, causal_lm, run_adapter_layers, run_full_model
 from .trainer import RoundTrainer
+
+
+PLACE = "place"  # column of the public text: its place in the store
+STATES = "teacher_states"  # entry of a batch: the stored hidden states
 
 
 class EmulatorAlignmentTrainer(RoundTrainer):
@@ -24,6 +32,10 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     `loss = L2 + lambda * KL`, with L2 the relative squared distance between the hidden states that enter the adapter
     layers and KL the divergence between the output distributions, both averaged over the tokens that are not padding.
     The full model with the *current* client LoRA is the teacher. No dropout is active and nothing else is trained.
+
+    What the full model makes of the public text below the adapter layers never changes. With `args.teacher="cached"` it
+    is computed once, before the first step, and kept on disk for later runs; for the teacher, a step then runs the
+    adapter layers alone.
 
     Args:
         model (`str`, `PreTrainedModel` or [`SplitModel`]):
@@ -62,31 +74,139 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         else:
             model = split_model(model, args, peft_config, emulator_peft_config)
         self.split_model = model
-        self.full = model.full.to(args.device)
+        model.move(args.device, args.offload_full_model)
         args = args.alignment_arguments()
         args.model_init_kwargs = None
         total_steps = args.initial_alignment_steps + args.num_rounds * args.alignment_steps
         super().__init__(model.emulator, args, total_steps, train_dataset, **kwargs)
+        self.head = OutputHead(causal_lm(self.model))
+        self.store: HiddenStateStore | None = None
+        if args.teacher == "cached":
+            self._plan_store()
+
+    def _plan_store(self):
+        """Give each public text a place in the store, and check that what the run needs of it is not too large."""
+        num_texts = len(self.train_dataset)
+        order = self.step_sampler(0, self.total_steps).rows()
+        num_needed = len(order)
+        # A run that does not see every text needs only the beginning of the store.
+        order = range(num_texts) if num_needed == num_texts else list(dict.fromkeys([*order, *range(num_texts)]))
+        self._texts = self.train_dataset.select(order)
+        self._lengths = [len(ids) for ids in self._texts["input_ids"]]
+        self._places = dict(zip(order, range(num_texts), strict=True))
+        places = [self._places[row] for row in range(num_texts)]
+        self.train_dataset = self.train_dataset.add_column(PLACE, places)
+        self._inner_collator, self.data_collator = self.data_collator, self._collate
+        self._hidden_size = causal_lm(self.model).config.get_text_config().hidden_size
+        num_tokens = sum(self._lengths[:num_needed])
+        num_bytes = num_tokens * self._hidden_size * self._states_dtype.itemsize
+        if num_bytes > self.args.teacher_cache_max_gb * GB:
+            raise ValueError(
+                f"`teacher_cache_max_gb` is {self.args.teacher_cache_max_gb}, but the hidden states of {num_needed} "
+                f"public texts ({num_tokens} tokens x {self._hidden_size} x {self._states_dtype}) take "
+                f"{num_bytes / GB:.2g} GB. Raise it, pass less public text, or set `teacher='online'`."
+            )
+
+    @property
+    def _states_dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    def prepare_teacher(self, on_progress: Callable[[int, int], None] | None = None):
+        """
+        Open the store of hidden states and compute what it lacks. [`train`] does it too. An online teacher has none.
+
+        Args:
+            on_progress (callable, *optional*): Called with the numbers of texts done and to do. Defaults to a bar.
+
+        Raises:
+            OSError: If the disk is too full.
+        """
+        if self.args.teacher == "online":
+            return
+        sampler = self.step_sampler(0, max(self.total_steps, self.steps_done + self.args.max_steps))
+        num_texts = 1 + max(self._places[row] for row in sampler.rows())
+        if self.store is not None and self.store.has(num_texts):
+            return
+        tensors = ((name.replace(".base_layer", ""), p) for name, p in self.split_model.full.named_parameters())
+        folder = store_folder(
+            self.args.teacher_cache_dir,
+            model=tensors_digest((name, p) for name, p in tensors if "lora_" not in name),
+            config=self.split_model.full.config.to_diff_dict(),
+            layer=self.split_model.split.adapter_indices[0],
+            texts=texts_digest(self._texts),
+            dtype=str(self._states_dtype),
+            mixed_precision=self.accelerator.mixed_precision,
+        )
+        store = HiddenStateStore(folder, self._lengths, self._hidden_size, self._states_dtype)
+        store.make_room(num_texts, self.args.teacher_cache_max_gb * GB)
+        bar = tqdm(desc="Hidden states of the public text", disable=self.args.disable_tqdm or on_progress is not None)
+
+        def show(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        with (
+            bar,
+            self.split_model.whole_on(self.args.device),
+            runnable(self.split_model.full, self.accelerator),
+        ):
+            batch_size = self.args.alignment_batch_size
+            fill_store(store, num_texts, self._entering_states, batch_size, self.accelerator, on_progress or show)
+        self.store = store
+
+    def _entering_states(self, rows: list[int]) -> torch.Tensor:
+        """What enters the full model's adapter layers for texts of the store, one after the other."""
+        inputs = self._prepare_inputs(self._inner_collator([self._texts[row] for row in rows]))
+        mask = inputs["attention_mask"]
+        with self.accelerator.autocast():
+            states = run_full_model(self.split_model, {"input_ids": inputs["input_ids"], "attention_mask": mask})
+        return states.entering[mask.bool()]
+
+    def _collate(self, examples):
+        """A padded batch, with the stored hidden states where it is not padding."""
+        places = [example.pop(PLACE, None) for example in examples]
+        batch = self._inner_collator(examples)
+        if self.store is not None and None not in places:  # other text than the public one has no place
+            mask = batch["attention_mask"].bool()
+            batch[STATES] = torch.zeros(*mask.shape, self._hidden_size, dtype=self.store.dtype)
+            batch[STATES][mask] = torch.cat([self.store[place] for place in places])
+        return batch
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if PLACE not in self._signature_columns:
+            self._signature_columns.append(PLACE)
+
+    def train(self, *args, **kwargs):
+        self.prepare_teacher()
+        return super().train(*args, **kwargs)
+
+    def _teach(self, inputs: dict[str, torch.Tensor]):
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():
+            if STATES not in inputs:
+                return run_full_model(self.split_model, text)
+            if self.args.alignment_kl_weight == 0:
+                return Captured(entering=inputs[STATES])
+            return run_adapter_layers(self.split_model, text, inputs[STATES])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask = inputs["attention_mask"]
-        inputs = {"input_ids": inputs["input_ids"], "attention_mask": mask, "use_cache": False}
+        text = {"input_ids": inputs["input_ids"], "attention_mask": mask}
         split = self.split_model.split
-        with (
-            torch.no_grad(),
-            self.accelerator.autocast(),
-            entering_states(self.full, split.layers_name, split.adapter_indices[0]) as teacher_states,
-        ):
-            teacher_logits = self.full(**inputs).logits
-        with _no_dropout(model), entering_states(self.model, split.layers_name, len(split.kept)) as student_states:
-            outputs = model(**inputs)
+        with _no_dropout(model):
+            teacher = self._teach(inputs)
+            with capture(self.model, split.layers_name, len(split.kept)) as student:
+                # The KL divergence makes the logits that it needs, where it needs them.
+                outputs = model(**text, use_cache=False, logits_to_keep=1)
 
         num_tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
-        l2 = hidden_state_loss(student_states[0], teacher_states[0], mask) / num_tokens
+        l2 = hidden_state_loss(student.entering, teacher.entering, mask) / num_tokens
         self.record("alignment_l2", l2.detach() * self.accelerator.num_processes)
         loss = l2
         if self.args.alignment_kl_weight > 0:
-            kl = masked_kl(outputs.logits, teacher_logits, mask) / num_tokens
+            with self.head.whole() as logits:
+                kl = masked_kl(student.last, teacher.last, mask, logits) / num_tokens
             self.record("alignment_kl", kl.detach() * self.accelerator.num_processes)
             loss = l2 + self.args.alignment_kl_weight * kl
         # `num_items_in_batch` counts the tokens of all processes, and DDP averages the gradients.
@@ -120,22 +240,6 @@ def split_model(
     if args.emulator_lora_r is not None:
         emulator_peft_config = with_rank(emulator_peft_config or peft_config, args.emulator_lora_r)
     return SplitModel(model, args.num_adapter_layers, args.emulator_drop_ratio, peft_config, emulator_peft_config)
-
-
-@contextmanager
-def entering_states(model: PeftModel, layers_name: str, index: int) -> Iterator[list[torch.Tensor]]:
-    """Collect the hidden states, `(batch_size, sequence_length, hidden_size)`, that enter decoder layer `index`."""
-    states: list[torch.Tensor] = []
-
-    def keep(module, args, kwargs):
-        states.append(args[0] if args else kwargs["hidden_states"])
-
-    layer = model.get_base_model().get_submodule(layers_name)[index]
-    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield states
-    finally:
-        hook.remove()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The data side: local steps on private text."""
 
+import itertools
 import zlib
 
 import torch
@@ -11,6 +12,7 @@ from .lora import CLIENT, EMULATOR, get_lora_state, load_lora, lora_factors, sav
 from .losses import proximal_term
 from .package import EmulatorPackage
 from .payload import ClientUpdate, RoundStart, check_lora
+from .sharding import gathered
 from .trainer import RoundTrainer
 
 
@@ -52,7 +54,8 @@ class ClientSFTTrainer(RoundTrainer):
 
     def train(self, *args, **kwargs):
         factors, _ = lora_factors(self.model, CLIENT)
-        self._reference = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
+        with gathered(itertools.chain(*factors)):
+            self._reference = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

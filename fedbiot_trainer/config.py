@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 
 PARTITIONS = ("iid", "dirichlet", "by-column")
+TEACHERS = ("cached", "online")
 
 
 @dataclass
@@ -61,6 +62,16 @@ class FedBiOTConfig(SFTConfig):
             Steps over which the emulator LoRA's learning rate rises, at the start of the initial alignment.
         alignment_batch_size (`int`, *optional*, defaults to `8`):
             Public examples per alignment step and device.
+        teacher (`str`, *optional*, defaults to `"cached"`):
+            `"cached"`: what the full model makes of the public text below the adapter layers is computed once and kept
+            on disk, for this run and later ones. `"online"`: the full model runs in every alignment step.
+        teacher_cache_dir (`str`, *optional*):
+            Folder for it. Defaults to `fedbiot/hidden_states` in the Hugging Face cache.
+        teacher_cache_max_gb (`float`, *optional*, defaults to `50.0`):
+            Most that this folder may take, in GB. What was used least recently is deleted for something new.
+        offload_full_model (`bool`, *optional*, defaults to `False`):
+            Whether the layers that only the full model has stay on the CPU but for the pass that fills the cache and
+            for evaluations of the full model. Needs `teacher="cached"`.
 
         > Parameters that split one training set among simulated clients
 
@@ -148,6 +159,22 @@ class FedBiOTConfig(SFTConfig):
         default=0, metadata={"help": "Steps over which it rises, at the start of the initial alignment."}
     )
     alignment_batch_size: int = field(default=8, metadata={"help": "Public examples per alignment step and device."})
+    teacher: str = field(
+        default="cached",
+        metadata={
+            "help": "Compute the full model's hidden states of the public text once and keep them on disk (cached), or "
+            "in every alignment step (online).",
+            "choices": list(TEACHERS),
+        },
+    )
+    teacher_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for them. Defaults to one in the Hugging Face cache."}
+    )
+    teacher_cache_max_gb: float = field(default=50.0, metadata={"help": "Most that this folder may take, in GB."})
+    offload_full_model: bool = field(
+        default=False,
+        metadata={"help": "Keep the layers that only the full model has on the CPU while they are not needed."},
+    )
 
     # Partition
     num_clients: int = field(default=3, metadata={"help": "Number of clients to make of the training set."})
@@ -211,9 +238,16 @@ class FedBiOTConfig(SFTConfig):
         for name in (*non_negative, "eval_rounds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it cannot be negative. 0 turns it off.")
-        for name in ("alignment_learning_rate", "dirichlet_alpha", "eval_max_new_tokens"):
+        for name in ("alignment_learning_rate", "dirichlet_alpha", "eval_max_new_tokens", "teacher_cache_max_gb"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be positive.")
+        if self.teacher not in TEACHERS:
+            raise ValueError(f"`teacher` is '{self.teacher}', but it must be one of {', '.join(TEACHERS)}.")
+        if self.offload_full_model and self.teacher == "online":
+            raise ValueError(
+                "`offload_full_model` is True, but an online teacher runs the full model in every alignment step. Use "
+                "`teacher='cached'`."
+            )
         if self.partition not in PARTITIONS:
             raise ValueError(f"`partition` is '{self.partition}', but it must be one of {', '.join(PARTITIONS)}.")
         if self.partition != "iid" and self.partition_column is None:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .sharding import whole_shape
+
 
 # Names under which decoder layers and their attention modules keep their own position.
 _INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
@@ -261,4 +263,4 @@ def _layer_attributes(model: PreTrainedModel, split: EmulatorSplit) -> Iterator[
             if isinstance(value, (bool, int, float, str)) and not state:
                 yield f"{path}.{name}", value
     for name, parameter in layers.named_parameters():
-        yield name, tuple(parameter.shape)
+        yield name, whole_shape(parameter)

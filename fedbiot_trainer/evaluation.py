@@ -1,12 +1,14 @@
 """Zero-shot, AdapEmu and AdapFu on held-out text."""
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .lora import SplitModel
+from .sharding import deal, runnable, shards_parameters
 from .trainer import RoundTrainer
 
 
@@ -31,7 +33,7 @@ class Evaluator:
         self.models, self.dataset = models, dataset
         self.processing_class = trainer.processing_class
         self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)
-        self.autocast = trainer.accelerator.autocast
+        self.accelerator = trainer.accelerator
         self.tokens = trainer.prepare(dataset, "`eval_dataset`", packing=False)
         self._zero_shot: dict[str, float] = {}
 
@@ -39,24 +41,24 @@ class Evaluator:
         """The full model without any LoRA. Computed once."""
         full = self.models.full
         if not self._zero_shot or (generate and "exact_match" not in self._zero_shot):
-            with full.disable_adapter():
+            with self.models.whole_on(self.args.device), full.disable_adapter():
                 self._zero_shot = self._evaluate(full, generate)
         return self._zero_shot
 
     def adapted(self, generate: bool = False) -> dict[str, dict[str, float]]:
         """`adap_emu` (emulator + adapter layers) and `adap_fu` (full model + adapter layers) as of now."""
-        return {
-            "adap_emu": self._evaluate(self.models.emulator, generate),
-            "adap_fu": self._evaluate(self.models.full, generate),
-        }
+        adap_emu = self._evaluate(self.models.emulator, generate)
+        with self.models.whole_on(self.args.device):
+            return {"adap_emu": adap_emu, "adap_fu": self._evaluate(self.models.full, generate)}
 
     def _evaluate(self, model, generate):
         batch_size = self.args.per_device_eval_batch_size
-        with self.autocast():
-            metrics = evaluate_loss(model, self.tokens, self.data_collator, batch_size)
+        with self.accelerator.autocast(), runnable(model, self.accelerator):
+            metrics = evaluate_loss(model, self.tokens, self.data_collator, batch_size, self.accelerator)
             if generate:
+                max_new_tokens, tokenizer = self.args.eval_max_new_tokens, self.processing_class
                 metrics |= evaluate_exact_match(
-                    model, self.dataset, self.processing_class, batch_size, self.args.eval_max_new_tokens
+                    model, self.dataset, tokenizer, batch_size, max_new_tokens, self.accelerator
                 )
         return metrics
 
@@ -71,7 +73,9 @@ def _check_generation_columns(dataset):
 
 
 @torch.no_grad()
-def evaluate_loss(model: PreTrainedModel, dataset: Dataset, data_collator, batch_size: int) -> dict[str, float]:
+def evaluate_loss(
+    model: PreTrainedModel, dataset: Dataset, data_collator, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
     """
     Loss and token accuracy of `model`, over all tokens with a label.
 
@@ -79,24 +83,27 @@ def evaluate_loss(model: PreTrainedModel, dataset: Dataset, data_collator, batch
         model (`PreTrainedModel` or [`~peft.PeftModel`]): Run in evaluation mode.
         dataset ([`~datasets.Dataset`]): Tokenized, with `input_ids` and `labels`.
         data_collator (callable): Makes padded batches of it.
-        batch_size (`int`): Examples per batch.
+        batch_size (`int`): Examples per batch and process.
+        accelerator (`Accelerator`): Tells the processes that share the work.
 
     Returns:
         `dict[str, float]`: `loss` (nats per token) and `token_accuracy` (share of tokens that greedy decoding under
         teacher forcing gets right).
     """
     model.eval()
-    total_loss = total_correct = total_tokens = 0.0
-    for rows in _batches(dataset["input_ids"], batch_size):
-        batch = {key: value.to(model.device) for key, value in data_collator([dataset[i] for i in rows]).items()}
+    totals = torch.zeros(3, dtype=torch.float64)
+    for rows, counts in deal(_batches(dataset["input_ids"], batch_size), accelerator):
+        batch = data_collator([dataset[i] for i in rows])
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
         kept = labels != -100
         logits, labels = logits[kept].float(), labels[kept]
-        total_loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        total_correct += (logits.argmax(-1) == labels).sum().item()
-        total_tokens += labels.numel()
-    return {"loss": total_loss / total_tokens, "token_accuracy": total_correct / total_tokens}
+        if counts:
+            loss = F.cross_entropy(logits, labels, reduction="sum").item()
+            totals += torch.tensor([loss, (logits.argmax(-1) == labels).sum().item(), labels.numel()])
+    loss, correct, tokens = accelerator.reduce(totals.to(accelerator.device)).tolist()
+    return {"loss": loss / tokens, "token_accuracy": correct / tokens}
 
 
 @torch.no_grad()
@@ -106,6 +113,7 @@ def evaluate_exact_match(
     processing_class: PreTrainedTokenizerBase,
     batch_size: int,
     max_new_tokens: int,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """
     Share of prompts whose greedy completion equals the reference, surrounding white space aside.
@@ -119,10 +127,11 @@ def evaluate_exact_match(
     model.eval()
     prompts, references = dataset["prompt"], dataset["completion"]
     side, processing_class.padding_side = processing_class.padding_side, "left"
-    correct = 0
+    correct = torch.zeros((), dtype=torch.float64)
     try:
-        for rows in _batches(prompts, batch_size):
-            batch = processing_class([prompts[i] for i in rows], padding=True, return_tensors="pt").to(model.device)
+        for rows, counts in deal(_batches(prompts, batch_size), accelerator):
+            batch = processing_class([prompts[i] for i in rows], padding=True, return_tensors="pt")
+            batch = batch.to(accelerator.device)
             batch.pop("token_type_ids", None)
             output = model.generate(
                 **batch,
@@ -130,12 +139,14 @@ def evaluate_exact_match(
                 do_sample=False,
                 pad_token_id=processing_class.pad_token_id,
                 eos_token_id=processing_class.eos_token_id,
+                synced_gpus=shards_parameters(accelerator),
             )
             texts = processing_class.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            correct += sum(text.strip() == references[i].strip() for text, i in zip(texts, rows, strict=True))
+            if counts:
+                correct += sum(text.strip() == references[i].strip() for text, i in zip(texts, rows, strict=True))
     finally:
         processing_class.padding_side = side
-    return {"exact_match": correct / len(prompts)}
+    return {"exact_match": accelerator.reduce(correct.to(accelerator.device)).item() / len(prompts)}
 
 
 def _batches(items, batch_size: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .emulator import EmulatorSplit, build_emulator, split_layers
+from .sharding import gathered
 
 
 CLIENT = "client"
@@ -69,7 +71,47 @@ class SplitModel:
         )
         self.full.requires_grad_(False)
         self.full.eval()
+        self._offloaded = False
         self.plug_in(get_lora_state(self.emulator, CLIENT))
+
+    def move(self, device: torch.device, offload: bool = False):
+        """
+        Move the models to a device.
+
+        Args:
+            device (`torch.device`): Where everything that clients have as well goes.
+            offload (`bool`, *optional*, defaults to `False`): Whether the layers that only the full model has stay on
+                the CPU. It can only run within [`whole_on`] then.
+        """
+        self._offloaded = offload
+        layers = self.full.get_base_model().get_submodule(self.split.layers_name)
+        dropped = [layers[i] for i in self.split.dropped]
+        if offload:
+            inside = {id(module) for layer in dropped for module in layer.modules()}
+            # Shared `Parameter` objects are moved in place, so `full` sees it. Buffers are not shared.
+            self.emulator.to(device)
+            for module in self.full.modules():
+                if id(module) not in inside:
+                    for name, buffer in module._buffers.items():
+                        module._buffers[name] = None if buffer is None else buffer.to(device)
+                    for parameter in module._parameters.values():
+                        if parameter is not None:
+                            parameter.data = parameter.data.to(device)
+        else:
+            self.full.to(device)
+
+    @contextmanager
+    def whole_on(self, device: torch.device) -> Iterator[None]:
+        """Have the whole full model on `device` in the block."""
+        layers = self.full.get_base_model().get_submodule(self.split.layers_name)
+        dropped = [layers[i] for i in self.split.dropped] if self._offloaded else []
+        try:
+            for layer in dropped:
+                layer.to(device)
+            yield
+        finally:
+            for layer in dropped:
+                layer.to("cpu")
 
     def plug_in(self, client_lora: LoraState):
         """Put a client LoRA (keys of the emulator) into the full model."""
@@ -201,7 +243,9 @@ def _lora_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, nn.P
 
 def get_lora_state(model: PeftModel, adapter: str) -> LoraState:
     """Copies of the LoRA's tensors on the CPU, under the keys of a saved PEFT folder."""
-    return {key: parameter.detach().to("cpu", copy=True) for key, parameter in _lora_parameters(model, adapter)}
+    parameters = dict(_lora_parameters(model, adapter))
+    with gathered(parameters.values()):
+        return {key: parameter.detach().to("cpu", copy=True) for key, parameter in parameters.items()}
 
 
 def set_lora_state(model: PeftModel, adapter: str, state: LoraState):
@@ -217,7 +261,7 @@ def set_lora_state(model: PeftModel, adapter: str, state: LoraState):
         raise ValueError(
             f"The {adapter} LoRA's tensors do not match the model's: {len(odd)} differ, first `{odd[0]}`."
         )
-    with torch.no_grad():
+    with torch.no_grad(), gathered(parameters.values(), write=True):
         for key, parameter in parameters.items():
             parameter.copy_(state[key])
 

@@ -1,6 +1,6 @@
 """The three losses that FedBiOT adds to fine-tuning, as pure functions of tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -28,22 +28,58 @@ def hidden_state_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.
     return ((teacher - student).pow(2).mean(-1) / scale).sum()
 
 
-def masked_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    chunk_size: int = 256,
+) -> torch.Tensor:
     """
     `KL(softmax(teacher) || softmax(student))`, summed over the tokens that are not padding.
 
+    Logits are made of the hidden states for a few tokens at a time, and the gradient along with the value, so that no
+    logits of a whole batch are ever held.
+
     Args:
-        student_logits (`torch.Tensor`): `(batch_size, sequence_length, vocab_size)`.
-        teacher_logits (`torch.Tensor`): The same shape.
+        student (`torch.Tensor`): Hidden states that enter the output head, `(batch_size, sequence_length,
+            hidden_size)`.
+        teacher (`torch.Tensor`): The same shape, without gradient.
         mask (`torch.Tensor`): `(batch_size, sequence_length)`, non-zero where a token is not padding.
+        logits (callable): The output head, `(num_tokens, hidden_size) -> (num_tokens, vocab_size)`. Only the hidden
+            states get a gradient.
+        chunk_size (`int`, *optional*, defaults to `256`): Tokens at a time.
 
     Returns:
         `torch.Tensor`: A float32 scalar in nats. Divide by the number of tokens for the mean.
     """
     mask = mask.bool()
-    student = F.log_softmax(student_logits[mask].float(), dim=-1)
-    teacher = F.log_softmax(teacher_logits[mask].float(), dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return _ChunkedKL.apply(student[mask], teacher[mask], logits, chunk_size)
+
+
+class _ChunkedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, logits, chunk_size):
+        total = torch.zeros((), device=student.device)
+        gradient = torch.empty_like(student)
+        for states, target, slot in zip(*(x.split(chunk_size) for x in (student, teacher, gradient)), strict=True):
+            states = states.detach().requires_grad_()
+            with torch.enable_grad():
+                student_logits = logits(states)
+            log_student = F.log_softmax(student_logits.detach(), dim=-1)
+            log_teacher = F.log_softmax(logits(target), dim=-1)
+            probabilities = log_teacher.exp()
+            total += torch.dot(probabilities.flatten(), log_teacher.sub_(log_student).flatten())
+            if ctx.needs_input_grad[0]:
+                # d KL / d logits, exactly zero where both are equal.
+                slope = log_student.exp_().sub_(probabilities)
+                slot.copy_(torch.autograd.grad(student_logits, states, slope)[0])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ctx.saved_tensors[0] * grad_output, None, None, None
 
 
 def proximal_term(

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .lora import CLIENT, EMULATOR, LoraState, SplitModel, add_loras, load_lora, save_lora, set_lora_state
+from .sharding import is_main_process, whole_state_dict
 
 
 MANIFEST = "fedbiot.json"
@@ -48,13 +49,16 @@ class EmulatorPackage:
     def save(self, folder: str | Path, processing_class: PreTrainedTokenizerBase | None = None) -> int:
         """
         Write the package as a folder that `AutoModelForCausalLM.from_pretrained` loads, with the PEFT folders
-        `client_lora/` and `emulator_lora/` in it.
+        `client_lora/` and `emulator_lora/` in it. All processes must call it; the main one writes.
 
         Returns:
             `int`: Bytes written.
         """
         folder = Path(folder)
-        self.model.save_pretrained(folder)
+        state = whole_state_dict(self.model)
+        if not is_main_process():
+            return 0
+        self.model.save_pretrained(folder, state_dict=state)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         manifest = {"schema_version": SCHEMA_VERSION, "num_adapter_layers": self.num_adapter_layers}

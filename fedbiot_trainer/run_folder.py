@@ -11,6 +11,7 @@ from .config import FedBiOTConfig
 from .model_card import write_model_card
 from .report import plot_rounds
 from .server import FederatedServer
+from .sharding import is_main_process
 
 
 RUN_FILES = ("rounds.jsonl", "summary.json", "rounds.png", "emulator_package", "client_lora")
@@ -19,7 +20,8 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 class RunFolder:
     """
-    The folder of one run: `emulator_package/`, `client_lora/`, `rounds.jsonl`, `summary.json` and `rounds.png`.
+    The folder of one run: `emulator_package/`, `client_lora/`, `rounds.jsonl`, `summary.json` and `rounds.png`. Every
+    process has one; the main one writes.
 
     Args:
         args ([`FedBiOTConfig`]): Configuration.
@@ -45,6 +47,8 @@ class RunFolder:
 
     def claim(self):
         """Make the folder, and delete what an earlier run left there."""
+        if not is_main_process():
+            return
         for name in self._left_by_another_run():
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -56,19 +60,23 @@ class RunFolder:
 
     def save_loras(self, server: FederatedServer):
         """Write the client LoRA for the full model, and both LoRAs into the emulator package."""
-        server.package().save_loras(self.path / "emulator_package")
-        server.save_client_lora(self.path / "client_lora", self.model_name)
+        if is_main_process():
+            server.package().save_loras(self.path / "emulator_package")
+            server.save_client_lora(self.path / "client_lora", self.model_name)
 
     def save_round(self, server: FederatedServer, record: dict):
         """Put a round's result on disk: a crash in a later round loses nothing."""
         self.records.append(record)
-        with (self.path / "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if is_main_process():
+            with (self.path / "rounds.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
         self.save_loras(server)
 
     def save(self, server: FederatedServer, summary: dict):
         """Write everything but the package's model; `summary` is empty if the run did not end."""
         self.save_loras(server)
+        if not is_main_process():
+            return
         write_model_card(self.path / "client_lora", self.model_name, self.args, summary)
         if summary:
             (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -87,11 +87,6 @@ class FederatedRunner:
         emulator_peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        if args.world_size > 1:
-            raise ValueError(
-                f"The run was launched with {args.world_size} processes, but this version trains in one. Launch it "
-                "with `accelerate launch --num_processes 1` or plain `python`."
-            )
         for name in args.without_effect():
             logger.warning(
                 f"`{name}` is {getattr(args, name)}, which has no effect: a run counts `num_rounds` rounds of "
@@ -120,6 +115,7 @@ class FederatedRunner:
                 self.server.split_model.emulator,
                 inner_args,
                 next(iter(client_datasets.values())).select([0]),  # clients bring their own
+                share_accelerator=self.server.trainer,
                 processing_class=processing_class,
             )
             self.clients = {
@@ -132,7 +128,11 @@ class FederatedRunner:
             trainer.remove_callback(PrinterCallback)
 
         self.console = Console()
-        self.state = TrainerState(max_steps=args.num_rounds, is_world_process_zero=True, is_local_process_zero=True)
+        self.state = TrainerState(
+            max_steps=args.num_rounds,
+            is_world_process_zero=args.process_index == 0,
+            is_local_process_zero=args.local_process_index == 0,
+        )
         trackers = [callback() for callback in get_reporting_integration_callbacks(args.report_to)]
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback(), *trackers, *(callbacks or [])],
@@ -165,11 +165,12 @@ class FederatedRunner:
                 "train again."
             )
         args, started = self.args, time.perf_counter()
+        self.trainer.accelerator.wait_for_everyone()  # all have seen that the folder is free
         self.folder.claim()
         parameters = count_parameters(self.server.split_model)
         with no_progress_bars():
             bytes_once = self.folder.write_package(self.server)
-        if args.should_log:
+        if args.process_index == 0:
             per_round = self.server.payload_sizes() if args.use_wire_format else None
             table = split_table(self.server.split_model, parameters, bytes_once, per_round, self._num_sampled())
             self.console.print(table)
@@ -178,7 +179,7 @@ class FederatedRunner:
         if self.server.trainer is not None:
             total_steps += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
         with (
-            RunProgress(total_steps, args.num_rounds, self.console, args.should_log) as progress,
+            RunProgress(total_steps, args.num_rounds, self.console, args.process_index == 0) as progress,
             reported(progress, self.trainer, "sft_loss"),
             reported(progress, self.server.trainer, "alignment_l2"),
             frozen_garbage(),
@@ -200,7 +201,7 @@ class FederatedRunner:
         }
         self.save_model()
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
-        if args.should_log:
+        if args.process_index == 0:
             if results:
                 self.console.print("", result_table(self.summary))
             self.console.print(
@@ -214,6 +215,10 @@ class FederatedRunner:
             progress.phase(0, "evaluating the full model")
             self.evaluator.zero_shot()
         seconds: dict[str, float] = {}
+        if self.server.trainer is not None:
+            self.server.trainer.prepare_teacher(
+                lambda done, total: progress.phase(0, f"hidden states of the public text {done}/{total}")
+            )
         with timed(seconds, "seconds"):
             progress.phase(0, "initial alignment")
             metrics = self.server.align(self.args.initial_alignment_steps)

@@ -47,7 +47,7 @@ class FederatedServer:
         self.split_model = split_model(model, args, peft_config, emulator_peft_config)
         self.client_lora = get_lora_state(self.split_model.emulator, CLIENT)
         self.emulator_lora = get_lora_state(self.split_model.emulator, EMULATOR)
-        self.split_model.full.to(args.device)
+        self.split_model.move(args.device, args.offload_full_model)
         self.average, self.received = FederatedAverage(), set()
         self.trainer = None
         # An emulator that drops nothing is the full model already.

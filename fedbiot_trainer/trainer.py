@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler, set_seed
 from trl import SFTTrainer
 
 from .config import FedBiOTConfig
 from .lora import set_trainable_lora
+from .sharding import DeepSpeedSettings, whole_shape
 
 
 class StepSampler(Sampler[list[int]]):
@@ -29,11 +32,21 @@ class StepSampler(Sampler[list[int]]):
         seed (`int`): Epoch `e` is shuffled with `seed + e`.
         start, stop (`int`): Range of batches.
         drop_last (`bool`, *optional*, defaults to `False`): Whether to leave out an epoch's smaller last batch.
+        step (`int`, *optional*, defaults to `1`): Distance of one batch to the next, where processes share them.
     """
 
-    def __init__(self, num_examples: int, batch_size: int, seed: int, start: int, stop: int, drop_last: bool = False):
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        drop_last: bool = False,
+        step: int = 1,
+    ):
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
-        self.start, self.stop, self.drop_last = start, stop, drop_last
+        self.indices, self.drop_last = range(start, stop, step), drop_last
         batches = num_examples / batch_size
         self.batches_per_epoch = math.floor(batches) if drop_last else math.ceil(batches)
         if self.batches_per_epoch == 0:
@@ -43,11 +56,15 @@ class StepSampler(Sampler[list[int]]):
             )
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.indices)
+
+    def rows(self) -> list[int]:
+        """The examples in these batches, each once, in order."""
+        return list(dict.fromkeys(row for batch in self for row in batch))
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = None, []
-        for index in range(self.start, self.stop):
+        for index in self.indices:
             if index // self.batches_per_epoch != epoch:
                 epoch = index // self.batches_per_epoch
                 generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -69,7 +86,15 @@ class RoundTrainer(SFTTrainer):
 
     adapter: str
 
-    def __init__(self, model, args: FedBiOTConfig, total_steps: int, train_dataset: Dataset, **kwargs):
+    def __init__(
+        self,
+        model,
+        args: FedBiOTConfig,
+        total_steps: int,
+        train_dataset: Dataset,
+        share_accelerator: "RoundTrainer | None" = None,
+        **kwargs,
+    ):
         if not isinstance(train_dataset, Dataset):
             raise TypeError(
                 f"`train_dataset` must be a `datasets.Dataset`, got {type(train_dataset).__name__}. Rounds need to "
@@ -77,16 +102,30 @@ class RoundTrainer(SFTTrainer):
             )
         if kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("`optimizers` cannot be passed: every round starts with a fresh optimizer.")
+        self._accelerator_from = share_accelerator
+        self._deepspeed: DeepSpeedSettings | None = None
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.steps_done = 0
         self.total_steps = total_steps
         self.step_metrics: dict[str, list[float]] = defaultdict(list)
         self._check_vocabulary()
 
+    def create_accelerator_and_postprocess(self):
+        other = self._accelerator_from
+        if other is None:
+            if self.args.deepspeed_plugin is not None:
+                self._deepspeed = DeepSpeedSettings(self.args.deepspeed_plugin.hf_ds_config.config)
+            super().create_accelerator_and_postprocess()
+        else:
+            # DeepSpeed allows one accelerator in a process.
+            self._deepspeed = other._deepspeed
+            for name in ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled"):
+                setattr(self, name, getattr(other, name))
+
     def _check_vocabulary(self):
-        size, rows = len(self._tokenizer), self.model.get_input_embeddings().weight.shape[0]
-        # Under ZeRO-3 the local shard is empty; DeepSpeed keeps the shape aside.
-        rows = getattr(self.model.get_input_embeddings().weight, "ds_shape", (rows,))[0]
+        size, rows = len(self._tokenizer), whole_shape(self.model.get_input_embeddings().weight)[0]
         if size > rows:
             raise ValueError(
                 f"`processing_class` has a vocabulary of {size} tokens, but the model's embedding has {rows} rows. Use "
@@ -124,28 +163,32 @@ class RoundTrainer(SFTTrainer):
         if self.model.training:
             self.step_metrics[name].append(self._metrics["train"][name][-1])
 
-    def get_train_dataloader(self) -> DataLoader:
-        micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        first = self.steps_done * micro_batches
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        dataset = self._remove_unused_columns(self.train_dataset, description="training")
-        sampler = StepSampler(
-            len(dataset),
+    def step_sampler(self, start: int, stop: int, process_index: int | None = None) -> StepSampler:
+        """The batches of one process, or of all, in the steps `start`, ..., `stop - 1`."""
+        num_processes = self.accelerator.num_processes
+        micro_batches = self.args.gradient_accumulation_steps * num_processes
+        return StepSampler(
+            len(self.train_dataset),
             self.args.per_device_train_batch_size,
-            seed,
-            first,
-            first + self.args.max_steps * micro_batches,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            start * micro_batches + (process_index or 0),
+            stop * micro_batches,
             self.args.dataloader_drop_last,
+            step=1 if process_index is None else num_processes,
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        device, stop = self.accelerator.device, self.steps_done + self.args.max_steps
         loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
+            self._remove_unused_columns(self.train_dataset, description="training"),
+            batch_sampler=self.step_sampler(self.steps_done, stop, self.accelerator.process_index),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        return self.accelerator.prepare(loader)
+        # The sampler gives each process its own batches; there is nothing left to distribute.
+        return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
@@ -183,6 +226,7 @@ class RoundTrainer(SFTTrainer):
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.step_metrics.clear()
+        self._prepare_processes()
         # Accelerate wraps `forward` for mixed precision at every call; without this the wrappers would pile up.
         forward = vars(self.model).get("forward")
         try:
@@ -191,8 +235,28 @@ class RoundTrainer(SFTTrainer):
             vars(self.model).pop("forward", None)
             if forward is not None:
                 self.model.forward = forward
+            # Takes the hooks of a DeepSpeed engine off the model.
+            self.accelerator.free_memory()
+        self._average_step_metrics()
         self.steps_done += self.args.max_steps
         return output
+
+    def _prepare_processes(self):
+        if self.accelerator.num_processes > 1 and self._deepspeed is None:
+            # Frozen tensors are equal in all processes. Without this, DDP would send all of them in every `train()`.
+            frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+            frozen += [name for name, _ in self.model.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+        if self._deepspeed is not None:
+            loras = (parameter for name, parameter in self.model.named_parameters() if "lora_" in name)
+            self._deepspeed.apply(self.accelerator, self.args, loras)
+
+    def _average_step_metrics(self):
+        """Metrics of a step are its process's own until here."""
+        if self.accelerator.num_processes > 1:
+            for name in sorted(self.step_metrics):
+                values = torch.tensor(self.step_metrics[name], dtype=torch.float64, device=self.accelerator.device)
+                self.step_metrics[name] = self.accelerator.reduce(values, "mean").tolist()
 
     def take_steps(self, num_steps: int, seed: int | None = None):
         """[`train`] for `num_steps` steps."""

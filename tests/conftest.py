@@ -38,6 +38,24 @@ def tiny_model(model_type="llama", seed=0, dtype=torch.float32, **changes):
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+ARCHITECTURES = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 4},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 6},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6},
+    "phi3": {},
+    "olmo2": {},
+    "gpt2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "falcon": {},
+    "bloom": {},
+}
+
+
 def sums(start, stop):
     """Prompt-completion examples `a+b=` of numbers in a range."""
     rows = [(a, b) for a in range(start, stop) for b in range(3)]
@@ -49,6 +67,11 @@ def tokenizer():
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def any_model(request):
+    return tiny_model(request.param.removesuffix("-tied"), **ARCHITECTURES[request.param])
 
 
 @pytest.fixture
@@ -66,6 +89,7 @@ def make_args(tmp_path):
             "initial_alignment_steps": 3,
             "alignment_steps": 2,
             "alignment_batch_size": 4,
+            "teacher_cache_dir": str(tmp_path / "cache"),
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "alignment_learning_rate": 1e-2,

@@ -9,29 +9,6 @@ from fedbiot_trainer.lora import SplitModel, get_lora_state
 from fedbiot_trainer.package import EmulatorPackage
 
 
-ARCHITECTURES = {
-    "llama": {},
-    "llama-tied": {"tie_word_embeddings": True},
-    "mistral": {"sliding_window": 6},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 4},
-    "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 6},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 6},
-    "phi3": {},
-    "olmo2": {},
-    "gpt2": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "gpt_neox": {},
-    "falcon": {},
-    "bloom": {},
-}
-
-
-@pytest.fixture(params=ARCHITECTURES)
-def any_model(request):
-    return tiny_model(request.param.removesuffix("-tied"), **ARCHITECTURES[request.param])
-
-
 def randomize(model, adapter, seed=0):
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -29,19 +29,41 @@ def test_hidden_state_loss_does_not_depend_on_the_scale_of_the_model(mask):
     assert torch.allclose(hidden_state_loss(1000 * student, 1000 * teacher, mask), loss)
 
 
-def test_masked_kl_is_the_formula(mask):
+HEAD = torch.randn(11, 8, generator=torch.Generator().manual_seed(5))
+
+
+def softcapped(states):
+    """An output head as Gemma's."""
+    return 3.0 * torch.tanh(states @ HEAD.T / 3.0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 256])
+def test_masked_kl_is_the_formula_and_so_is_its_gradient(mask, chunk_size):
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
-    p, q = teacher.softmax(-1), student.softmax(-1)
+    student, teacher = torch.randn(2, 4, 8, requires_grad=True), torch.randn(2, 4, 8)
+    p, q = softcapped(teacher).softmax(-1), softcapped(student).softmax(-1)
     expected = ((p * (p / q).log()).sum(-1) * mask).sum()
-    assert torch.allclose(masked_kl(student, teacher, mask), expected, atol=1e-6)
-    assert masked_kl(teacher, teacher, mask) == 0
+    (expected_gradient,) = torch.autograd.grad(2 * expected, student)
+    loss = masked_kl(student, teacher, mask, softcapped, chunk_size)
+    (gradient,) = torch.autograd.grad(2 * loss, student)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+    assert (gradient[1, 2:] == 0).all()
+    assert (gradient[0] != 0).all()
+
+
+def test_masked_kl_of_equal_states_is_exactly_zero(mask):
+    student = torch.randn(2, 4, 8, requires_grad=True)
+    loss = masked_kl(student, student.detach(), mask, softcapped)
+    loss.backward()
+    assert loss == 0
+    assert (student.grad == 0).all()
 
 
 def test_padding_changes_nothing(mask):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
-    for loss in (hidden_state_loss, masked_kl):
+    for loss in (hidden_state_loss, lambda *args: masked_kl(*args, softcapped)):
         before = loss(student, teacher, mask)
         changed = student.clone()
         changed[mask == 0] = 1e3

@@ -538,12 +538,6 @@ def test_settings_that_json_does_not_know(make_runner):
     assert "float32" in runner.train()["settings"]["model_init_kwargs"]["dtype"]
 
 
-def test_several_processes_are_refused(make_runner, monkeypatch):
-    monkeypatch.setattr(FedBiOTConfig, "world_size", 2)
-    with pytest.raises(ValueError, match="launched with 2 processes, but this version trains in one"):
-        make_runner()
-
-
 def test_resume_is_refused(make_runner):
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is True, but this version cannot resume"):
         make_runner().train(resume_from_checkpoint=True)

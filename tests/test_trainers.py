@@ -6,13 +6,14 @@ import torch
 from conftest import sums, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from fedbiot_trainer import ClientSFTTrainer, EmulatorAlignmentTrainer, EmulatorPackage, FedBiOTConfig
-from fedbiot_trainer.alignment import entering_states
 from fedbiot_trainer.lora import get_lora_state, lora_factors, set_lora_state
-from fedbiot_trainer.losses import hidden_state_loss, masked_kl
+from fedbiot_trainer.losses import hidden_state_loss
+from fedbiot_trainer.teacher import run_full_model
 from fedbiot_trainer.trainer import StepSampler
 
 
@@ -249,12 +250,14 @@ def test_alignment_brings_the_emulator_closer(make_alignment):
 def test_alignment_loss_is_the_formula(make_alignment, batch, weight):
     trainer = make_alignment(alignment_kl_weight=weight)
     trainer.train()
-    full, student, mask = trainer.full.eval(), trainer.model.eval(), batch["attention_mask"]
+    full, student, mask = trainer.split_model.full.eval(), trainer.model.eval(), batch["attention_mask"]
     with torch.no_grad():
         h_t = full(**batch, output_hidden_states=True).hidden_states[6]
         h_s = student(**batch, output_hidden_states=True).hidden_states[3]
         expected = hidden_state_loss(h_s, h_t, mask)
-        expected += weight * masked_kl(student(**batch).logits, full(**batch).logits, mask)
+        log_student, log_teacher = (F.log_softmax(model(**batch).logits, -1) for model in (student, full))
+        kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+        expected += weight * kl[mask.bool()].sum()
         loss = trainer.compute_loss(student, dict(batch))
     assert loss.item() == pytest.approx((expected / mask.sum()).item(), rel=1e-5)
 
@@ -263,13 +266,12 @@ def test_teacher_is_the_full_model_with_the_current_client_lora(make_alignment, 
     trainer = make_alignment()
     models = trainer.split_model
     before = trainer.compute_loss(trainer.model.eval(), dict(batch))
-    with entering_states(models.full, "model.layers", 6) as states:
-        logits = models.full(**batch).logits
+    states = run_full_model(models, batch)
     state = get_lora_state(models.emulator, "client")
     models.plug_in({key: torch.randn_like(tensor) for key, tensor in state.items()})
-    with entering_states(models.full, "model.layers", 6) as states_after:
-        assert not torch.allclose(models.full(**batch).logits, logits, atol=1e-2)
-    assert torch.equal(states[0], states_after[0])
+    after = run_full_model(models, batch)
+    assert torch.equal(states.entering, after.entering)
+    assert not torch.allclose(states.last, after.last, atol=1e-2)
     assert trainer.compute_loss(trainer.model.eval(), dict(batch)) != before
 
 

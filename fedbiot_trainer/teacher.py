@@ -1,0 +1,138 @@
+"""The teacher of the alignment: the full model, run for every batch or once for all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .lora import SplitModel
+from .sharding import gathered
+
+
+@dataclass
+class Captured:
+    """
+    What [`capture`] saw of one forward pass.
+
+    Attributes:
+        entering (`torch.Tensor`): Hidden states that enter the adapter layers, `(batch_size, sequence_length,
+            hidden_size)`.
+        last (`torch.Tensor`): Hidden states that enter the output head, of the same shape.
+    """
+
+    entering: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+
+
+def causal_lm(model: PeftModel) -> PreTrainedModel:
+    """The causal LM under the LoRAs."""
+    return model.get_base_model()
+
+
+@contextmanager
+def capture(model: PeftModel, layers_name: str, index: int) -> Iterator[Captured]:
+    """Keep what enters decoder layer `index`, and what the decoder puts out."""
+    captured = Captured()
+
+    def enter(module, args, kwargs):
+        captured.entering = args[0] if args else kwargs["hidden_states"]
+
+    def leave(module, args, output):
+        captured.last = output[0]
+
+    hooks = [
+        causal_lm(model).get_submodule(layers_name)[index].register_forward_pre_hook(enter, with_kwargs=True),
+        causal_lm(model).base_model.register_forward_hook(leave),
+    ]
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def entering_at(model: PeftModel, layers_name: str, index: int, states: torch.Tensor) -> Iterator[None]:
+    """Let the decoder start at layer `index`, with `states` entering there: the layers below are passed through."""
+    layers = causal_lm(model).get_submodule(layers_name)
+
+    def pass_through(*args, **kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        # Whether the decoder takes a layer's output as it is or its first element, the next layer gets the tensor.
+        return hidden if isinstance(hidden, tuple) else (hidden,)
+
+    def enter(module, args, kwargs):
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    hook = layers[index].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        for layer in layers[:index]:
+            layer.forward = pass_through
+        yield
+    finally:
+        hook.remove()
+        for layer in layers[:index]:
+            vars(layer).pop("forward", None)
+
+
+class OutputHead:
+    """
+    The output head of a causal LM as a function of hidden states, for use on any part of a batch.
+
+    Args:
+        model (`PreTrainedModel`): The causal LM. Its logits are `scale * head(states)`, soft-capped where its config
+            says so.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.layer = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale = getattr(config, "logit_scale", None) or 1.0
+        if getattr(config, "logits_scaling", None):
+            self.scale = 1 / config.logits_scaling
+
+    @contextmanager
+    def whole(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """The function `(num_tokens, hidden_size) -> (num_tokens, vocab_size)`, in float32."""
+        with gathered(self.layer.parameters()):
+            yield self._logits
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(states, self.layer.weight, self.layer.bias).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@torch.no_grad()
+def run_full_model(models: SplitModel, inputs: dict[str, torch.Tensor]) -> Captured:
+    """The hidden states of the full model, with the client LoRA in it, for `input_ids` and `attention_mask`."""
+    full, split = models.full, models.split
+    with capture(full, split.layers_name, split.adapter_indices[0]) as captured:
+        causal_lm(full).base_model(**inputs, use_cache=False)
+    return captured
+
+
+@torch.no_grad()
+def run_adapter_layers(models: SplitModel, inputs: dict[str, torch.Tensor], states: torch.Tensor) -> Captured:
+    """
+    The same from what enters the adapter layers, without the layers below.
+
+    Args:
+        models ([`SplitModel`]): Its emulator is used, which has the full model's adapter layers and the client LoRA.
+        inputs (`dict`): `input_ids` and `attention_mask` of the batch, `(batch_size, sequence_length)`.
+        states (`torch.Tensor`): What enters the adapter layers in the full model, `(batch_size, sequence_length,
+            hidden_size)`.
+    """
+    emulator, split = models.emulator, models.split
+    first = len(split.kept)
+    with (
+        entering_at(emulator, split.layers_name, first, states),
+        capture(emulator, split.layers_name, first) as captured,
+    ):
+        causal_lm(emulator).base_model(**inputs, use_cache=False)
+    return captured

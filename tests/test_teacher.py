@@ -1,0 +1,195 @@
+import json
+
+import pytest
+import torch
+from conftest import sums, tiny_model
+from datasets import Dataset
+from peft import LoraConfig
+
+from fedbiot_trainer import EmulatorAlignmentTrainer
+from fedbiot_trainer.hidden_states import HiddenStateStore, store_folder
+from fedbiot_trainer.lora import SplitModel, get_lora_state, set_lora_state
+from fedbiot_trainer.teacher import OutputHead, run_adapter_layers, run_full_model
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+
+
+@pytest.fixture
+def make_trainer(make_args, tokenizer):
+    def make(model=None, dataset=None, **changes):
+        return EmulatorAlignmentTrainer(
+            tiny_model() if model is None else model,
+            make_args(num_rounds=1, **changes),
+            sums(40, 50) if dataset is None else dataset,
+            LORA,
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def shards(tmp_path):
+    return sorted((tmp_path / "cache").glob("*/*.safetensors"))
+
+
+def scramble(models, seed=0):
+    """A client LoRA that changes what the adapter layers do."""
+    torch.manual_seed(seed)
+    state = get_lora_state(models.full, "client")
+    models.plug_in({key: torch.randn_like(t) * 0.1 for key, t in models.split.to_emulator(state).items()})
+    set_lora_state(models.emulator, "client", models.extract())
+
+
+def test_adapter_layers_alone_are_the_full_model(any_model, batch):
+    models = SplitModel(any_model, 2, 0.5, LORA)
+    scramble(models)
+    models.emulator.eval()
+    expected = run_full_model(models, batch)
+    states = run_adapter_layers(models, batch, expected.entering)
+    mask = batch["attention_mask"].bool()
+    assert torch.allclose(states.last[mask], expected.last[mask], atol=1e-5)
+    assert torch.equal(states.entering, expected.entering)
+    with OutputHead(any_model).whole() as logits:
+        assert torch.allclose(logits(states.last)[mask], models.full(**batch).logits[mask], atol=1e-4)
+    # The emulator is itself again.
+    assert not torch.allclose(models.emulator(**batch).logits[mask], models.full(**batch).logits[mask], atol=1e-3)
+
+
+def test_nothing_is_left_on_the_model_after_an_error(model, batch):
+    models = SplitModel(model, 2, 0.5, LORA)
+    before = models.emulator(**batch).logits
+    with pytest.raises(RuntimeError):
+        run_adapter_layers(models, batch, torch.zeros(1, 2, 7))
+    assert torch.equal(models.emulator(**batch).logits, before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"alignment_kl_weight": 0.0}], ids=["fp32", "bf16", "no-kl"])
+def test_cached_and_online_give_the_same(make_trainer, settings):
+    """Float32 sums of other batches: 1e-5 in the losses and 1e-4 in the LoRA after 12 AdamW steps of 1e-2."""
+    results = {}
+    for teacher in ("online", "cached"):
+        trainer = make_trainer(teacher=teacher, initial_alignment_steps=12, **settings)
+        scramble(trainer.split_model)
+        trainer.train()
+        results[teacher] = dict(trainer.step_metrics), get_lora_state(trainer.model, "emulator")
+    (online, online_lora), (cached, cached_lora) = results["online"], results["cached"]
+    precise = "bf16" not in settings
+    for name, values in online.items():
+        assert len(values) == 12
+        assert cached[name] == pytest.approx(values, rel=1e-5 if precise else 2e-2)
+    for key, tensor in online_lora.items():
+        assert torch.allclose(cached_lora[key], tensor, atol=1e-4 if precise else 2e-2)
+
+
+def test_full_model_is_not_run_in_the_steps(make_trainer):
+    trainer = make_trainer()
+    trainer.prepare_teacher()
+    models = trainer.split_model
+    layers = models.full.get_base_model().model.layers
+    for index in models.split.dropped:
+        layers[index].register_forward_pre_hook(lambda *args: pytest.fail("a dropped layer was run"))
+    trainer.train()
+    assert len(trainer.step_metrics["alignment_kl"]) == 3
+
+
+def test_store_is_used_again(make_trainer, tmp_path, monkeypatch):
+    make_trainer().train()
+    (before,) = shards(tmp_path)
+    time = before.stat().st_mtime_ns
+    trainer = make_trainer(emulator_drop_ratio=0.2)
+    monkeypatch.setattr(trainer, "_entering_states", lambda rows: pytest.fail("computed again"))
+    trainer.train()
+    (after,) = shards(tmp_path)
+    assert (after, after.stat().st_mtime_ns) == (before, time)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": tiny_model(seed=1)}, {"dataset": sums(41, 51)}, {"num_adapter_layers": 3}, {"bf16": True}, {"max_length": 3}],
+    ids=["model", "text", "layer", "precision", "truncation"],
+)  # fmt: skip
+def test_other_content_is_another_store(make_trainer, tmp_path, changes):
+    make_trainer().train()
+    make_trainer(**changes).train()
+    assert len({shard.parent for shard in shards(tmp_path)}) == 2
+
+
+def test_longer_run_goes_on_with_the_store(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedbiot_trainer.hidden_states.SHARD_BYTES", 4 * 6 * 32 * 5)  # about five texts each
+    settings = {"dataset": sums(20, 90), "alignment_steps": 0}
+    make_trainer(initial_alignment_steps=4, **settings).train()
+    first = shards(tmp_path)
+    assert 3 <= len(first) < 10  # of 210 texts, 16 are seen
+    trainer = make_trainer(initial_alignment_steps=8, **settings)
+    trainer.train()
+    assert set(first) < set(shards(tmp_path))
+    written = len(shards(tmp_path))
+    trainer.train()  # more steps than the arguments say
+    assert len(shards(tmp_path)) > written
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "half-written"])
+def test_damaged_file_is_made_again(make_trainer, tmp_path, damage):
+    make_trainer().train()
+    (shard,) = shards(tmp_path)
+    content = shard.read_bytes()
+    if damage == "truncated":
+        shard.write_bytes(content[:-10])
+    elif damage == "altered":
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        shard.rename(shard.with_name("00000.123.part"))
+    make_trainer().train()
+    assert shard.read_bytes() == content
+
+
+def test_cache_is_bounded(make_trainer, tmp_path):
+    text = sum(len(ids) for ids in make_trainer().train_dataset["input_ids"])
+    gigabytes = text * 32 * 4 / 1e9
+    with pytest.raises(ValueError, match=rf"`teacher_cache_max_gb` is .* of 30 public texts \({text} tokens x 32 x"):
+        make_trainer(initial_alignment_steps=10, teacher_cache_max_gb=0.9 * gigabytes)
+    folders = []
+    for seed in (0, 1, 2, 2):
+        make_trainer(tiny_model(seed=seed), initial_alignment_steps=10, teacher_cache_max_gb=2.5 * gigabytes).train()
+        folders.append({shard.parent for shard in shards(tmp_path)})
+    assert [len(found) for found in folders] == [1, 2, 2, 2]
+    assert not folders[0] & folders[2]  # the oldest gave way
+    assert folders[2] == folders[3]
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    folder = store_folder(str(tmp_path), content=1)
+    store = HiddenStateStore(folder, [10, 20], 8, torch.float32)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with pytest.raises(OSError, match="take 9.6e-07 GB, but only 1e-07 GB are free in `teacher_cache_dir`"):
+        store.make_room(2, 1e12)
+
+
+def test_store_says_what_it_holds(make_trainer, tmp_path):
+    make_trainer().train()
+    (file,) = (tmp_path / "cache").glob("*/store.json")
+    content = json.loads(file.read_text())
+    assert (content["layer"], content["dtype"]) == (6, "torch.float32")
+    assert {"model", "texts", "mixed_precision", "config", "schema_version"} < content.keys()
+
+
+def test_other_text_has_the_full_model_for_a_teacher(make_trainer):
+    trainer = make_trainer(initial_alignment_steps=1)
+    trainer.train()
+    dataset = trainer.prepare(sums(60, 62), "other")
+    assert trainer.evaluate(dataset)["eval_alignment_l2"] > 0
+
+
+def test_long_and_short_texts(make_trainer):
+    texts = [str(10**i) for i in range(1, 20)]
+    trainer = make_trainer(dataset=Dataset.from_dict({"text": texts}), alignment_batch_size=3)
+    trainer.prepare_teacher()
+    states = {}
+    for text in trainer.train_dataset:
+        inputs = {"input_ids": torch.tensor([text["input_ids"]])}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        states[text["place"]] = run_full_model(trainer.split_model, inputs).entering[0]
+    assert sorted(states) == list(range(19))
+    for place, expected in states.items():
+        assert torch.allclose(trainer.store[place], expected, atol=1e-5)
