@@ -1,6 +1,6 @@
 """
 What alignment costs: a step (forward and backward) against one forward and backward pass of the same emulator with the
-same trainable LoRA under the model's own loss.
+same trainable LoRA, as plain PEFT runs it, under the model's own loss.
 
 Both run on the same batch, in turn, in one process, and CPU time is compared, so that other work on the machine falls
 on both alike. A block of such turns gives one ratio of medians; the spread is over blocks.
@@ -8,13 +8,16 @@ on both alike. A block of such turns gives one ratio of medians; the spread is o
     python benchmarks/alignment_step.py --json alignment_step.json
 """
 
+import copy
 import statistics
 import tempfile
 
 from common import parser, random_llama, show, spread, timed, token_dataset, word_tokenizer
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
 
 from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig
+from fedbiot_trainer.fused_lora import FusedLoraLinear
 from fedbiot_trainer.lora import CLIENT, get_lora_state, set_lora_state, set_trainable_lora
 
 
@@ -52,6 +55,16 @@ def make_trainer(args, teacher: str, drop_ratio: float, batch_size: int, vocab_s
     return trainer
 
 
+def as_peft_runs_it(model: PeftModel) -> PeftModel:
+    """A copy with PEFT's own LoRA layers and the model's own forward pass."""
+    model = copy.deepcopy(model)
+    vars(model.get_base_model()).pop("forward")  # TRL's, bound to the original
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            module.__class__ = lora.Linear
+    return model
+
+
 def measure(args, teacher: str, drop_ratio: float, batch_size: int, vocab_size: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, teacher, drop_ratio, batch_size, vocab_size, folder)
@@ -59,8 +72,10 @@ def measure(args, teacher: str, drop_ratio: float, batch_size: int, vocab_size: 
         batch = next(iter(trainer.get_train_dataloader()))
         text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
+        plain_model = as_peft_runs_it(model)
+
         def plain():
-            model(**text, labels=text["input_ids"], use_cache=False).loss.backward()
+            plain_model(**text, labels=text["input_ids"], use_cache=False).loss.backward()
 
         def step():
             trainer.compute_loss(model, dict(batch)).backward()
@@ -71,6 +86,7 @@ def measure(args, teacher: str, drop_ratio: float, batch_size: int, vocab_size: 
             for turn in range(args.turns if block else 2):
                 for function in (plain, step) if turn % 2 else (step, plain):
                     model.zero_grad()
+                    plain_model.zero_grad()
                     timed(seconds[function], function)()
             blocks.append({function: statistics.median(values) for function, values in seconds.items()})
     blocks = blocks[1:]

@@ -198,7 +198,8 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             teacher = self._teach(inputs)
             with capture(self.model, split.layers_name, len(split.kept)) as student:
                 # The KL divergence makes the logits that it needs, where it needs them.
-                outputs = model(**text, use_cache=False, logits_to_keep=1)
+                no_logits = torch.empty(0, dtype=torch.long, device=mask.device)
+                outputs = model(**text, use_cache=False, logits_to_keep=no_logits)
 
         num_tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         l2 = hidden_state_loss(student.entering, teacher.entering, mask) / num_tokens

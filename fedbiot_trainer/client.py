@@ -67,7 +67,8 @@ class ClientSFTTrainer(RoundTrainer):
         self.record("sft_loss", loss.detach() * steps)
         if self.args.proximal_weight > 0:
             factors, scalings = lora_factors(self.model, CLIENT)
-            distance = proximal_term(factors, self._reference, scalings)
+            with gathered(itertools.chain(*factors)):
+                distance = proximal_term(factors, self._reference, scalings)
             self.record("proximal_term", distance.detach())
             loss = loss + self.args.proximal_weight / 2 * distance / steps
         return (loss, outputs) if return_outputs else loss

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .emulator import EmulatorSplit, build_emulator, split_layers
+from .fused_lora import fuse_loras
 from .sharding import gathered
 
 
@@ -64,10 +65,12 @@ class SplitModel:
             num_adapter_layers,
             tuple(range(self.split.num_layers - num_adapter_layers)),
         )
-        self.full = get_peft_model(
-            build_emulator(model, whole),
-            place_lora(client_config, self.split, self.split.adapter_indices),
-            adapter_name=CLIENT,
+        self.full = fuse_loras(
+            get_peft_model(
+                build_emulator(model, whole),
+                place_lora(client_config, self.split, self.split.adapter_indices),
+                adapter_name=CLIENT,
+            )
         )
         self.full.requires_grad_(False)
         self.full.eval()
@@ -224,7 +227,7 @@ def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_con
     model.add_adapter(EMULATOR, emulator_config)
     model.base_model.set_adapter([CLIENT, EMULATOR])
     model.requires_grad_(False)
-    return model
+    return fuse_loras(model)
 
 
 def set_trainable_lora(model: PeftModel, adapter: str):

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 
 
 def hidden_state_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -66,20 +65,25 @@ class _ChunkedKL(torch.autograd.Function):
             states = states.detach().requires_grad_()
             with torch.enable_grad():
                 student_logits = logits(states)
-            log_student = F.log_softmax(student_logits.detach(), dim=-1)
-            log_teacher = F.log_softmax(logits(target), dim=-1)
-            probabilities = log_teacher.exp()
-            total += torch.dot(probabilities.flatten(), log_teacher.sub_(log_student).flatten())
+            teacher_logits = logits(target)
+            q, p = student_logits.detach().softmax(-1), teacher_logits.softmax(-1)
+            log_z = _log_normalizer(student_logits.detach(), q) - _log_normalizer(teacher_logits, p)
+            total += torch.dot(p.flatten(), teacher_logits.sub_(student_logits.detach()).flatten()) + log_z.sum()
             if ctx.needs_input_grad[0]:
                 # d KL / d logits, exactly zero where both are equal.
-                slope = log_student.exp_().sub_(probabilities)
-                slot.copy_(torch.autograd.grad(student_logits, states, slope)[0])
+                slot.copy_(torch.autograd.grad(student_logits, states, q.sub_(p))[0])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
         return ctx.saved_tensors[0] * grad_output, None, None, None
+
+
+def _log_normalizer(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """`logsumexp(logits)` of each row, from the likeliest entry of the softmax that was taken already."""
+    largest = logits.argmax(-1, keepdim=True)
+    return logits.gather(-1, largest) - probabilities.gather(-1, largest).log()
 
 
 def proximal_term(

@@ -3,13 +3,12 @@
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers.integrations.deepspeed import propagate_args_to_deepspeed
+from transformers import TrainingArguments
 
 
 def is_main_process() -> bool:
@@ -40,9 +39,9 @@ def gathered(parameters: Iterable[torch.Tensor], write: bool = False) -> Iterato
     if not sharded:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(sharded, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
         yield
 
 
@@ -116,23 +115,13 @@ class DeepSpeedSettings:
                 )
         self.config = copy.deepcopy(config) | dict.fromkeys(self.BATCHES, "auto")
 
-    def apply(self, accelerator: Accelerator, args: Any, whole_parameters: Iterable[nn.Parameter]):
-        """
-        Make them the settings of the trainer that is next.
+    def apply(self, accelerator: Accelerator, args: TrainingArguments):
+        """Make them the settings of the trainer with `args`, which is next."""
+        from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
-        Args:
-            accelerator (`Accelerator`): The trainers' accelerator.
-            args ([`FedBiOTConfig`]): The trainer's arguments.
-            whole_parameters (iterable of `nn.Parameter`): Parameters that every process is to keep whole under ZeRO-3.
-        """
         plugin = accelerator.state.deepspeed_plugin
         plugin.hf_ds_config.config = copy.deepcopy(self.config)
         propagate_args_to_deepspeed(accelerator, args)
-        zero = plugin.deepspeed_config["zero_optimization"]
-        if zero.get("stage") == 3:
-            given = zero.get("stage3_param_persistence_threshold", "auto")
-            largest = max(whole_shape(parameter).numel() for parameter in whole_parameters)
-            zero["stage3_param_persistence_threshold"] = max(largest, 0 if given == "auto" else int(given))
 
 
 def deal(batches: Sequence[list], accelerator: Accelerator) -> Iterator[tuple[list, bool]]:

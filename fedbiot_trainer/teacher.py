@@ -104,7 +104,9 @@ class OutputHead:
             yield self._logits
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(states, self.layer.weight, self.layer.bias).float() * self.scale
+        logits = F.linear(states, self.layer.weight, self.layer.bias).float()
+        if self.scale != 1:
+            logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

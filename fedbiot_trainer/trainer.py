@@ -248,8 +248,7 @@ class RoundTrainer(SFTTrainer):
             frozen += [name for name, _ in self.model.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
         if self._deepspeed is not None:
-            loras = (parameter for name, parameter in self.model.named_parameters() if "lora_" in name)
-            self._deepspeed.apply(self.accelerator, self.args, loras)
+            self._deepspeed.apply(self.accelerator, self.args)
 
     def _average_step_metrics(self):
         """Metrics of a step are its process's own until here."""

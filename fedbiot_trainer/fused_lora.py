@@ -1,0 +1,86 @@
+"""PEFT's LoRA layer with fewer passes over the activations."""
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .sharding import is_sharded
+
+
+class FusedLoraLinear(lora.Linear):
+    """
+    A PEFT LoRA layer around an `nn.Linear` that adds the low-rank product into the layer's output in place.
+
+    PEFT makes the product, its scaled copy and the sum one after the other, each as large as the output, and keeps a
+    float32 copy of the input for the LoRA's gradient. Here the output is written once and added to once, forward and
+    backward. Parameters, names and all else are PEFT's, and so is the forward pass wherever this one does not apply:
+    with active dropout, several or no LoRAs, merged, quantized or sharded weights.
+    """
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if args or kwargs or not self._is_plain():
+            return super().forward(x, *args, **kwargs)
+        adapter = next(name for name in self.active_adapters if name in self.lora_A)
+        base = self.get_base_layer()
+        weights = base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, *weights = (None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
+        elif any(weight is not None and weight.dtype != x.dtype for weight in weights):
+            return super().forward(x)
+        return _FusedLora.apply(x, *weights, self.scaling[adapter])
+
+    def _is_plain(self) -> bool:
+        base = self.get_base_layer()
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if type(base) is not nn.Linear or len(active) != 1 or self.disable_adapters or self.merged:
+            return False
+        (name,) = active
+        if name in self.lora_variant or self.lora_B[name].bias is not None:
+            return False
+        if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
+            return False
+        hooked = base._forward_hooks or base._forward_pre_hooks
+        weights = base.weight, self.lora_A[name].weight
+        return not hooked and not any(is_sharded(weight) or isinstance(weight, DTensor) for weight in weights)
+
+
+class _FusedLora(torch.autograd.Function):
+    """`x W^T + bias + scaling (x A^T) B^T` for a frozen `W`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling):
+        rows = x.flatten(0, -2)
+        low = rows @ a.T
+        output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        output.addmm_(low, b.T, alpha=scaling)
+        _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if needs_a else None, low if needs_b else None, weight, a, b)
+        ctx.scaling = scaling
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, low, weight, a, b = ctx.saved_tensors
+        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        shape, grad = grad.shape, grad.flatten(0, -2)
+        grad_x = grad_a = grad_b = None
+        if needs_x or needs_a:
+            grad_low = (grad @ b).mul_(ctx.scaling)
+        if needs_x:
+            grad_x = (grad @ weight).addmm_(grad_low, a).view(*shape[:-1], -1)
+        if needs_a:
+            grad_a = grad_low.T @ rows
+        if needs_b:
+            grad_b = (grad.T @ low).mul_(ctx.scaling)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def fuse_loras(model: PeftModel) -> PeftModel:
+    """Give every LoRA layer of `model` around a plain linear layer the fused forward pass. Returns `model`."""
+    for module in model.modules():
+        if type(module) is lora.Linear:
+            module.__class__ = FusedLoraLinear
+    return model
