@@ -4,7 +4,9 @@ from setuptools import find_packages, setup
 
 
 QUALITY = ["ruff>=0.14"]
-TEST = ["pytest>=8.0", "tensorboard>=2.14"]
+DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]
+QUANTIZATION = ["bitsandbytes>=0.48", "torchao>=0.18"]
+TEST = ["pytest>=8.0", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
 
 setup(
     name="fedbiot-trainer",
@@ -35,7 +37,8 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.19"],
+        "deepspeed": DEEPSPEED,
+        "quantization": QUANTIZATION,
         "evaluate": ["evaluate>=0.4.6"],
         "test": TEST,
         "quality": QUALITY,

@@ -9,13 +9,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .config import FedBiOTConfig
 from .hidden_states import GB, HiddenStateStore, fill_store, store_folder, tensors_digest, texts_digest
 from .lora import CLIENT, EMULATOR, SplitModel, get_lora_state, load_lora, set_lora_state, with_rank
 from .losses import hidden_state_loss, masked_kl
-from .package import EmulatorPackage
+from .package import EmulatorPackage, load_model
 from .sharding import runnable
 from .teacher import Captured, OutputHead, capture, causal_lm, run_adapter_layers, run_full_model
 from .trainer import RoundTrainer
@@ -66,7 +66,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            model = load_model(model, **(args.model_init_kwargs or {}))
         if isinstance(model, SplitModel):
             if peft_config is not None or emulator_peft_config is not None:
                 given = "peft_config" if peft_config is not None else "emulator_peft_config"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .sharding import whole_shape
 
@@ -75,8 +76,13 @@ class EmulatorSplit:
         """The inverse of [`to_full`] (extract)."""
         return self._rename(state, {full: position for position, full in enumerate(self.full_indices)})
 
+    def rename_kept(self, names: list[str]) -> list[str]:
+        """Module names in the full model as names in the emulator, without those in dropped layers."""
+        dropped = re.compile(rf"(?:^|\.){re.escape(self.layers_name)}\.(?:{'|'.join(map(str, self.dropped))})(?:\.|$)")
+        return list(self.to_emulator({name: None for name in names if not dropped.search(name)}))
+
     def _rename(self, state, index_map):
-        pattern = re.compile(rf"((?:^|\.){re.escape(self.layers_name)}\.)(\d+)(?=\.)")
+        pattern = re.compile(rf"((?:^|\.){re.escape(self.layers_name)}\.)(\d+)(?=\.|$)")
         return {
             pattern.sub(lambda match: f"{match[1]}{index_map[int(match[2])]}", key, count=1): tensor
             for key, tensor in state.items()
@@ -98,6 +104,11 @@ def kept_layer_indices(num_emulator_layers: int, drop_ratio: float) -> tuple[int
     if num_kept == 1:
         return (0,)
     return tuple(math.floor(j * (num_emulator_layers - 1) / (num_kept - 1) + 0.5) for j in range(num_kept))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer, quantized or not."""
+    return isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -155,6 +166,7 @@ def build_emulator(model: PreTrainedModel, split: EmulatorSplit) -> PreTrainedMo
             breaks, or if the model was already patched or wrapped.
     """
     _refuse_entangled_layers(model)
+    keep_weight_layout(model)
     config = _shrink_config(model.config, split)
     emulator = _twin(model, split, {id(model.config): config, **_subconfigs(model.config, config)})
     emulator.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
@@ -164,9 +176,26 @@ def build_emulator(model: PreTrainedModel, split: EmulatorSplit) -> PreTrainedMo
             for attribute in _INDEX_ATTRIBUTES:
                 if isinstance(getattr(module, attribute, None), int):
                     setattr(module, attribute, position)
-    if getattr(model, "hf_quantizer", None) is None:
-        _check_rebuild(emulator, split)
+    _check_rebuild(emulator, split)
     return emulator
+
+
+def keep_weight_layout(model: PreTrainedModel):
+    """
+    Keep bitsandbytes from repacking 4-bit weights at the first evaluation, as it does on CPUs with AVX512-BF16: packed
+    weights hand no gradient on, and are damaged when they are saved.
+
+    Raises:
+        ValueError: If it has happened already.
+    """
+    for path, module in model.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"`model` is {type(model).__name__} whose `{path}` bitsandbytes has repacked for inference on this "
+                    "CPU: the model has been evaluated, and cannot be trained any more. Pass a freshly loaded model."
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def _refuse_entangled_layers(model):
@@ -194,6 +223,10 @@ def _shrink_config(config: PretrainedConfig, split: EmulatorSplit) -> Pretrained
         if per_layer and not name.endswith("token_id") and name != "architectures":
             setattr(text_config, name, type(value)(value[i] for i in split.full_indices))
     text_config.num_hidden_layers = len(split.full_indices)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        skipped = getattr(getattr(config, "quantization_config", None), name, None)
+        if skipped is not None:
+            setattr(config.quantization_config, name, split.rename_kept(skipped))
     return config
 
 
@@ -243,7 +276,8 @@ def _check_rebuild(emulator: PreTrainedModel, split: EmulatorSplit):
             f"`model` is {type(emulator).__name__}, whose config cannot describe the layers {split.full_indices}: "
             f"{error}. This architecture is not supported."
         ) from error
-    ours, theirs = dict(_layer_attributes(emulator, split)), dict(_layer_attributes(rebuilt, split))
+    quantized = getattr(emulator, "hf_quantizer", None) is not None
+    ours, theirs = (dict(_layer_attributes(model, split, quantized)) for model in (emulator, rebuilt))
     different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if different:
         key = min(different)
@@ -254,13 +288,15 @@ def _check_rebuild(emulator: PreTrainedModel, split: EmulatorSplit):
         )
 
 
-def _layer_attributes(model: PreTrainedModel, split: EmulatorSplit) -> Iterator[tuple[str, Any]]:
+def _layer_attributes(model: PreTrainedModel, split: EmulatorSplit, quantized: bool) -> Iterator[tuple[str, Any]]:
     layers = model.get_submodule(split.layers_name)
     for path, module in layers.named_modules():
+        if quantized and is_linear(module):
+            continue  # quantization has put another layer in its place
         yield path, type(module).__name__
         for name, value in vars(module).items():
             state = name.startswith("_") or name in ("training", "gradient_checkpointing")
             if isinstance(value, (bool, int, float, str)) and not state:
                 yield f"{path}.{name}", value
-    for name, parameter in layers.named_parameters():
-        yield name, whole_shape(parameter)
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{name}", whole_shape(parameter)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .emulator import EmulatorSplit, build_emulator, split_layers
+from .emulator import EmulatorSplit, build_emulator, is_linear, split_layers
 from .fused_lora import fuse_loras
 from .sharding import gathered
 
@@ -48,6 +48,7 @@ class SplitModel:
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
     ):
+        _refuse_unsavable(model)
         self.split = split_layers(model, num_adapter_layers, emulator_drop_ratio)
         peft_config = peft_config or LoraConfig(**DEFAULT_LORA)
         client_config = resolve_peft_config(peft_config, model, self.split, self.split.adapter_indices)
@@ -125,6 +126,16 @@ class SplitModel:
         return self.split.to_emulator(get_lora_state(self.full, CLIENT))
 
 
+def _refuse_unsavable(model: PreTrainedModel):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_serializable():
+        raise ValueError(
+            f"`model` is quantized with {quantizer.quantization_config.quant_method.value}, which transformers cannot "
+            "save, so there would be no emulator to give to clients. Use bitsandbytes or torchao, or leave the full "
+            "model as it is: clients can quantize the emulator when they load it."
+        )
+
+
 def with_rank(config: LoraConfig | None, r: int) -> LoraConfig:
     """A copy of `config` with another rank and the same `lora_alpha / r`."""
     config = copy.deepcopy(config or LoraConfig(**DEFAULT_LORA))
@@ -167,7 +178,7 @@ def resolve_peft_config(
     for index in layers:
         layer_name = f"{split.layers_name}.{index}"
         for path, module in model.get_submodule(layer_name).named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__:
+            if is_linear(module):
                 linear.add(path)
                 if targets == "all-linear" or check_target_module_exists(probe, f"{layer_name}.{path}"):
                     matched.add(path)
@@ -267,6 +278,39 @@ def set_lora_state(model: PeftModel, adapter: str, state: LoraState):
     with torch.no_grad(), gathered(parameters.values(), write=True):
         for key, parameter in parameters.items():
             parameter.copy_(state[key])
+
+
+def check_gradient(model: PeftModel):
+    """
+    Check that the quantized layers under the LoRAs hand the gradient on: quantization for inference may cut it off
+    without an error.
+
+    A layer `W` gives its input the gradient `W^T v` for the gradient `v` of its output. With `v = W d`, the product of
+    the former with `d` must be `|W d|^2`, up to rounding.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    lora = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    layer = lora.get_base_layer()
+    values = torch.randn(2, 8, lora.in_features, generator=torch.Generator().manual_seed(0))
+    x, d = values.to(layer.weight.device, model.get_input_embeddings().weight.dtype)
+    x.requires_grad_(True)
+    with torch.no_grad():
+        v = (layer(d) - layer(-d)) / 2  # without the bias
+    with torch.enable_grad():
+        y = layer(x)
+    gradient = torch.autograd.grad(y, x, v)[0] if y.requires_grad else torch.zeros_like(x)
+    share = ((gradient.float() * d.float()).sum() / v.float().pow(2).sum()).item()
+    if not 0.5 < share < 1.5:
+        method = model.hf_quantizer.quantization_config.quant_method.value
+        raise ValueError(
+            f"`model` is quantized with {method} so that its layers do not hand gradients on to the LoRAs below them "
+            f"(measured: {share:.0%} of the gradient). Quantize only the weights, e.g. with bitsandbytes or torchao's "
+            "`Int8WeightOnlyConfig`."
+        )
 
 
 def lora_factors(model: PeftModel, adapter: str) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[float]]:

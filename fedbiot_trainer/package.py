@@ -7,12 +7,33 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .emulator import keep_weight_layout
 from .lora import CLIENT, EMULATOR, LoraState, SplitModel, add_loras, load_lora, save_lora, set_lora_state
 from .sharding import is_main_process, whole_state_dict
 
 
 MANIFEST = "fedbiot.json"
 SCHEMA_VERSION = 1
+
+
+def load_model(name: str | Path, **model_init_kwargs) -> PreTrainedModel:
+    """
+    `AutoModelForCausalLM.from_pretrained`, for training.
+
+    Raises:
+        ImportError: If the model is quantized with a library that is not installed.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **model_init_kwargs)
+    except ModuleNotFoundError as error:
+        # transformers tells it of the other libraries.
+        if (error.name or "").partition(".")[0] != "torchao":
+            raise
+        raise ImportError(
+            f"'{name}' is quantized with torchao, which is not installed: `pip install torchao`"
+        ) from error
+    keep_weight_layout(model)
+    return model
 
 
 @dataclass
@@ -58,7 +79,9 @@ class EmulatorPackage:
         state = whole_state_dict(self.model)
         if not is_main_process():
             return 0
-        self.model.save_pretrained(folder, state_dict=state)
+        # transformers cannot take back the conversions of quantized weights to another checkpoint format.
+        quantized = getattr(self.model, "hf_quantizer", None) is not None
+        self.model.save_pretrained(folder, state_dict=state, save_original_format=not quantized)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         manifest = {"schema_version": SCHEMA_VERSION, "num_adapter_layers": self.num_adapter_layers}
@@ -96,7 +119,7 @@ class EmulatorPackage:
                 f"The emulator package '{folder}' has schema version {manifest['schema_version']}, this library reads "
                 f"{SCHEMA_VERSION}. Install the version of fedbiot-trainer that the server uses."
             )
-        model = AutoModelForCausalLM.from_pretrained(folder, **model_init_kwargs)
+        model = load_model(folder, **model_init_kwargs)
         client_config, client_lora = load_lora(folder / "client_lora")
         emulator_config, emulator_lora = load_lora(folder / "emulator_lora")
         return cls(model, manifest["num_adapter_layers"], client_config, emulator_config, client_lora, emulator_lora)

@@ -25,14 +25,14 @@ def count_parameters(model: SplitModel) -> dict[str, float]:
         `dict`: `full`, `emulator` (emulator + adapter layers, without LoRA), `adapter_layers`, `trainable_client`,
         `trainable_server` and `client_share` (part of the full model's parameters that a client sees).
     """
-    full = sum(whole_shape(p).numel() for name, p in model.full.named_parameters() if "lora_" not in name)
-    emulator = sum(whole_shape(p).numel() for p in model.package_model.parameters())
+    full = sum(_numel(p) for name, p in model.full.named_parameters() if "lora_" not in name)
+    emulator = sum(_numel(p) for p in model.package_model.parameters())
     layers = model.package_model.get_submodule(model.split.layers_name)
-    adapter_layers = sum(whole_shape(p).numel() for i in model.split.adapter_positions for p in layers[i].parameters())
+    adapter_layers = sum(_numel(p) for i in model.split.adapter_positions for p in layers[i].parameters())
     lora = dict.fromkeys(("client", "emulator"), 0)
     for name, parameter in model.emulator.named_parameters():
         for adapter in lora:
-            lora[adapter] += whole_shape(parameter).numel() if f".{adapter}." in name and "lora_" in name else 0
+            lora[adapter] += _numel(parameter) if f".{adapter}." in name and "lora_" in name else 0
     return {
         "full": full,
         "emulator": emulator,
@@ -41,6 +41,12 @@ def count_parameters(model: SplitModel) -> dict[str, float]:
         "trainable_server": lora["emulator"],
         "client_share": emulator / full,
     }
+
+
+def _numel(parameter):
+    """Scalars of a parameter; bitsandbytes packs 4-bit ones and keeps the shape aside."""
+    state = getattr(parameter, "quant_state", None)
+    return (whole_shape(parameter) if state is None else state.shape).numel()
 
 
 def split_table(

@@ -9,7 +9,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DefaultFlowCallback,
     PreTrainedModel,
@@ -28,6 +27,7 @@ from .callbacks import RunProgress, no_progress_bars, reported, timed
 from .client import ClientSFTTrainer, FederatedClient
 from .config import FedBiOTConfig
 from .evaluation import Evaluator
+from .package import load_model
 from .partition import name_client_datasets
 from .payload import PayloadError
 from .report import count_parameters, result_lines, result_table, split_table
@@ -104,7 +104,7 @@ class FederatedRunner:
                 init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
                 remote = {name: init_kwargs.get(name) for name in ("revision", "trust_remote_code")}
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
-                model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+                model = load_model(model, **init_kwargs)
             if processing_class is None:
                 raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
             inner_args = args.quiet()

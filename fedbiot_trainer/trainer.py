@@ -15,7 +15,7 @@ from transformers import get_scheduler, set_seed
 from trl import SFTTrainer
 
 from .config import FedBiOTConfig
-from .lora import set_trainable_lora
+from .lora import check_gradient, set_trainable_lora
 from .sharding import DeepSpeedSettings, whole_shape
 
 
@@ -106,11 +106,14 @@ class RoundTrainer(SFTTrainer):
         self._deepspeed: DeepSpeedSettings | None = None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
+        model.requires_grad_(False)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.steps_done = 0
         self.total_steps = total_steps
         self.step_metrics: dict[str, list[float]] = defaultdict(list)
         self._check_vocabulary()
+        check_gradient(self.model)
 
     def create_accelerator_and_postprocess(self):
         other = self._accelerator_from
