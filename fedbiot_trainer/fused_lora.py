@@ -48,14 +48,19 @@ class FusedLoraLinear(lora.Linear):
 
 
 class _FusedLora(torch.autograd.Function):
-    """`x W^T + bias + scaling (x A^T) B^T` for a frozen `W`."""
+    """
+    `x W^T + bias + scaling (x A^T) B^T` for a frozen `W`.
+
+    The products with the rank as a side are written with it as the number of rows, `(r, num_tokens)`: some matrix
+    libraries are several times slower with it as the number of columns.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         rows = x.flatten(0, -2)
-        low = rows @ a.T
+        low = a @ rows.T
         output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        output.addmm_(low, b.T, alpha=scaling)
+        output.addmm_(low.T, b.T, alpha=scaling)
         _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(rows if needs_a else None, low if needs_b else None, weight, a, b)
         ctx.scaling = scaling
@@ -68,13 +73,13 @@ class _FusedLora(torch.autograd.Function):
         shape, grad = grad.shape, grad.flatten(0, -2)
         grad_x = grad_a = grad_b = None
         if needs_x or needs_a:
-            grad_low = (grad @ b).mul_(ctx.scaling)
+            grad_low = (b.T @ grad.T).mul_(ctx.scaling)
         if needs_x:
-            grad_x = (grad @ weight).addmm_(grad_low, a).view(*shape[:-1], -1)
+            grad_x = (grad @ weight).addmm_(grad_low.T, a).view(*shape[:-1], -1)
         if needs_a:
-            grad_a = grad_low.T @ rows
+            grad_a = grad_low @ rows
         if needs_b:
-            grad_b = (grad.T @ low).mul_(ctx.scaling)
+            grad_b = (low @ grad).mul_(ctx.scaling).T
         return grad_x, None, None, grad_a, grad_b, None
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+from accelerate import PartialState
 from huggingface_hub import HfApi
 
 from .config import FedBiOTConfig
@@ -96,6 +97,7 @@ class RunFolder:
                 "adapter_layers": split.adapter_indices,
             },
             "rounds": len(self.records),
+            "processes": {"number": self.args.world_size, "type": PartialState().distributed_type.value},
             "bytes": {
                 "once_per_client": bytes_once,
                 "down": self._total("bytes_down"),

@@ -201,5 +201,5 @@ def with_default_config(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     # Deprecations inside the libraries are not for the reader of this recipe's output.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.distributed")
     main(*make_parser().parse_args_and_config(with_default_config(sys.argv[1:])))

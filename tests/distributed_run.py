@@ -1,0 +1,68 @@
+"""
+Launched by test_distributed.py in several processes: a run of a tiny model with a callback that watches it.
+
+`--watch memory` prints the resident memory of the main process after every round, `--watch fail` lets the last process
+fail in the second round.
+"""
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from fedbiot_trainer import FedBiOTConfig, FederatedRunner
+
+
+class Watch(TrainerCallback):
+    def __init__(self, what):
+        self.what = what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.what == "memory" and args.process_index == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            print(f"\nresident {pages * os.sysconf('SC_PAGE_SIZE')}", flush=True)
+        if self.what == "fail" and state.global_step == 2 and args.process_index == args.world_size - 1:
+            raise RuntimeError("the disk of this machine is gone")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--watch", choices=["memory", "fail"], required=True)
+    parser.add_argument("--num_rounds", type=int, default=3)
+    options = parser.parse_args()
+    args = FedBiOTConfig(
+        options.folder,
+        num_rounds=options.num_rounds,
+        local_steps=2,
+        initial_alignment_steps=2,
+        alignment_steps=2,
+        alignment_batch_size=2,
+        per_device_train_batch_size=2,
+        teacher_cache_dir=f"{options.folder}/cache",
+        report_to="none",
+        use_cpu=True,
+    )
+    texts = [f"{i}+{i}={2 * i}" for i in range(40)]
+    runner = FederatedRunner(
+        options.model,
+        args,
+        {"north": Dataset.from_dict({"text": texts[:10]}), "south": Dataset.from_dict({"text": texts[10:20]})},
+        public_dataset=Dataset.from_dict({"text": texts[20:]}),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=[Watch(options.watch)],
+    )
+    runner.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import sums, tiny_model
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "accelerate_configs"
+# The same examples in each step as one process with twice the batch sizes.
+TWO, ONE = (2, 3), (4, 6)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("files")
+    tiny_model().save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for name, dataset in {"a": sums(0, 8), "b": sums(8, 12), "public": sums(20, 30), "test": sums(30, 33)}.items():
+        dataset.to_json(folder / f"{name}.jsonl")
+    return folder
+
+
+def launch(*command, config=None):
+    """Launch a script, in two processes if there is a configuration."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    if config is None:
+        launcher += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    else:
+        launcher += ["--config_file", str(CONFIGS / "cpu" / f"{config}.yaml"), "--main_process_port", "0"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    # DeepSpeed calls ninja, which may be nowhere but beside this Python.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def run_recipe(files, folder, batch_sizes, config=None, **settings):
+    settings = {
+        "num_rounds": 3, "local_steps": 3, "initial_alignment_steps": 4, "alignment_steps": 2, "lora_dropout": 0.0,
+        "per_device_train_batch_size": batch_sizes[0], "alignment_batch_size": batch_sizes[1], "learning_rate": 2e-3,
+        "alignment_learning_rate": 2e-3, "proximal_weight": 0.5, "report_to": "none", "use_cpu": "true",
+        "eval_exact_match": "true", "eval_max_new_tokens": 3, "teacher_cache_dir": folder / "cache", **settings,
+    }  # fmt: skip
+    result = launch(
+        ROOT / "recipes" / "fedbiot_sft.py", "--model_name_or_path", files / "base", "--output_dir", folder / "out",
+        "--client_datasets", f"north={files / 'a.jsonl'}", f"south={files / 'b.jsonl'}",
+        "--public_dataset_name", files / "public.jsonl", "--eval_dataset_name", files / "test.jsonl",
+        *(word for name, value in settings.items() for word in (f"--{name}", value)), config=config,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-5000:]
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def one_process(files, tmp_path_factory):
+    return run_recipe(files, tmp_path_factory.mktemp("one"), ONE)
+
+
+@pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"),
+                                          ("zero3_init", "DEEPSPEED")])  # fmt: skip
+def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config, kind):
+    """Float32 sums of other parts, through 19 AdamW steps of 2e-3: 1e-4 in losses, 2e-4 in the LoRAs."""
+    if kind == "DEEPSPEED":
+        pytest.importorskip("deepspeed")
+    folder = run_recipe(files, tmp_path, TWO, config)
+    records, expected = ([json.loads(line) for line in (path / "rounds.jsonl").open()] for path in (folder, one_process))
+    assert len(records) == len(expected) == 3  # a second writer would make it six
+    for record, one in zip(records, expected, strict=True):
+        for name, value in one.items():
+            if name in ("client_losses", "proximal_terms") or name.startswith(("adap_", "zero_", "alignment_")):
+                assert record[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert expected[0]["proximal_terms"]["north"] > 0
+
+    summary, one = (json.loads((path / "summary.json").read_text()) for path in (folder, one_process))
+    assert (summary["processes"], one["processes"]["number"]) == ({"number": 2, "type": kind}, 1)
+    assert summary["parameters"] == one["parameters"]
+    assert summary["bytes"]["down"] == one["bytes"]["down"]
+    assert abs(summary["bytes"]["up"] - one["bytes"]["up"]) < 20  # digits of the losses
+    for name in ("zero_shot", "adap_emu", "adap_fu"):
+        assert summary[name] == pytest.approx(one[name], rel=1e-4)
+
+    for path in ("client_lora", "emulator_package", "emulator_package/emulator_lora"):
+        (file,) = (folder / path).glob("*.safetensors")
+        tensors, expected = load_file(file), load_file(one_process / path / file.name)
+        assert tensors.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.allclose(tensors[key], tensor, atol=2e-4 if "lora" in path else 0), key
+
+
+def test_two_processes_with_an_online_teacher(files, tmp_path, one_process):
+    folder = run_recipe(files, tmp_path, TWO, "ddp", teacher="online")
+    state, expected = (load_file(path / "client_lora" / "adapter_model.safetensors") for path in (folder, one_process))
+    assert all(torch.allclose(state[key], expected[key], atol=2e-4) for key in expected)
+
+
+def test_failing_process_ends_the_run(files, tmp_path):
+    script = Path(__file__).parent / "distributed_run.py"
+    result = launch(script, "--folder", tmp_path / "out", "--model", files / "base", "--watch", "fail", config="ddp")
+    assert result.returncode != 0
+    assert "RuntimeError: the disk of this machine is gone" in result.stderr
+    assert len((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()) >= 1  # nothing that was computed is lost
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rounds(files, tmp_path):
+    """26 rounds of 2 clients under ZeRO-3, compared from the second on."""
+    pytest.importorskip("deepspeed")
+    script = Path(__file__).parent / "distributed_run.py"
+    flags = ["--folder", tmp_path / "out", "--model", files / "base", "--watch", "memory", "--num_rounds", 26]
+    result = launch(script, *flags, config="zero3")
+    assert result.returncode == 0, result.stderr[-5000:]
+    resident = [int(value) for value in re.findall(r"^resident (\d+)", result.stdout, flags=re.MULTILINE)]
+    assert len(resident) == 26
+    print(f"resident memory: {resident[1] / 1e6:.1f} MB after round 2, {resident[-1] / 1e6:.1f} MB after round 26")
+    assert resident[-1] < 1.03 * resident[1]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_accelerate_config_is_understood(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == (1 if path.stem == "single_gpu" else 2 if path.parent.name == "cpu" else 8)
+    assert path.read_text().startswith("# ")
+    assert set(yaml.safe_load(path.read_text())) <= set(vars(config)) | {"deepspeed_config", "fsdp_config"}
