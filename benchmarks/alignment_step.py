@@ -8,16 +8,13 @@ on both alike. A block of such turns gives one ratio of medians; the spread is o
     python benchmarks/alignment_step.py --json alignment_step.json
 """
 
-import copy
 import statistics
 import tempfile
 
-from common import parser, random_llama, show, spread, timed, token_dataset, word_tokenizer
-from peft import LoraConfig, PeftModel
-from peft.tuners import lora
+from common import as_peft_runs_it, parser, random_llama, show, spread, timed, token_dataset, word_tokenizer
+from peft import LoraConfig
 
 from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig
-from fedbiot_trainer.fused_lora import FusedLoraLinear
 from fedbiot_trainer.lora import CLIENT, get_lora_state, set_lora_state, set_trainable_lora
 
 
@@ -53,16 +50,6 @@ def make_trainer(args, teacher: str, drop_ratio: float, batch_size: int, vocab_s
     trainer.prepare_teacher()
     set_trainable_lora(trainer.model, trainer.adapter)
     return trainer
-
-
-def as_peft_runs_it(model: PeftModel) -> PeftModel:
-    """A copy with PEFT's own LoRA layers and the model's own forward pass."""
-    model = copy.deepcopy(model)
-    vars(model.get_base_model()).pop("forward")  # TRL's, bound to the original
-    for module in model.modules():
-        if isinstance(module, FusedLoraLinear):
-            module.__class__ = lora.Linear
-    return model
 
 
 def measure(args, teacher: str, drop_ratio: float, batch_size: int, vocab_size: int) -> dict:
@@ -114,7 +101,9 @@ def main():
     arguments.add_argument("--turns", type=int, default=6, help="Steps of each kind in a block.")
     arguments.add_argument("--blocks", type=int, default=5)
     args = arguments.parse_args()
-    cases = [(teacher, beta, batch, 512) for teacher in ("cached", "online") for beta in (0.2, 0.5) for batch in (4, 8)]
+    cases = [
+        (teacher, beta, batch, 512) for teacher in ("cached", "online") for beta in (0.2, 0.5) for batch in (4, 8)
+    ]
     cases += [("cached", beta, 4, 32000) for beta in (0.2, 0.5)]
     if args.quick:
         args.turns, args.blocks, cases = 4, 2, cases[2::2]

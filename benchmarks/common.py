@@ -1,6 +1,7 @@
 """What the benchmarks share: random models, generated data, tables."""
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -13,10 +14,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
+from peft.tuners import lora
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from fedbiot_trainer.fused_lora import FusedLoraLinear
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -43,6 +48,16 @@ def random_llama(hidden_size: int, num_layers: int, vocab_size: int, intermediat
         max_position_embeddings=512,
     )
     return LlamaForCausalLM(config)
+
+
+def as_peft_runs_it(model: PeftModel) -> PeftModel:
+    """A copy with PEFT's own LoRA layers and the model's own forward pass."""
+    model = copy.deepcopy(model)
+    vars(model.get_base_model()).pop("forward", None)  # TRL's, bound to the original
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            module.__class__ = lora.Linear
+    return model
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -67,7 +67,7 @@ class FedBiOTConfig(SFTConfig):
             on disk, for this run and later ones. `"online"`: the full model runs in every alignment step.
         teacher_cache_dir (`str`, *optional*):
             Folder for it. Defaults to `fedbiot/hidden_states` in the Hugging Face cache.
-        teacher_cache_max_gb (`float`, *optional*, defaults to `50.0`):
+        teacher_cache_max_gb (`float`, *optional*, defaults to `100.0`):
             Most that this folder may take, in GB. What was used least recently is deleted for something new.
         offload_full_model (`bool`, *optional*, defaults to `False`):
             Whether the layers that only the full model has stay on the CPU but for the pass that fills the cache and
@@ -170,7 +170,7 @@ class FedBiOTConfig(SFTConfig):
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for them. Defaults to one in the Hugging Face cache."}
     )
-    teacher_cache_max_gb: float = field(default=50.0, metadata={"help": "Most that this folder may take, in GB."})
+    teacher_cache_max_gb: float = field(default=100.0, metadata={"help": "Most that this folder may take, in GB."})
     offload_full_model: bool = field(
         default=False,
         metadata={"help": "Keep the layers that only the full model has on the CPU while they are not needed."},

@@ -174,7 +174,7 @@ def resolve_peft_config(
         targets = sorted(targets)
     probe = copy.deepcopy(config)
     probe.target_modules = targets
-    linear, matched = set(), set()
+    linear, matched, transposed = set(), set(), False
     for index in layers:
         layer_name = f"{split.layers_name}.{index}"
         for path, module in model.get_submodule(layer_name).named_modules():
@@ -182,14 +182,14 @@ def resolve_peft_config(
                 linear.add(path)
                 if targets == "all-linear" or check_target_module_exists(probe, f"{layer_name}.{path}"):
                     matched.add(path)
+                    transposed |= isinstance(module, Conv1D)
     if not matched:
         raise ValueError(
             f"`target_modules` is {targets}, which matches no linear layer in the adapter layers of "
             f"{type(model).__name__}. There are: {', '.join(sorted(linear))}."
         )
     config.target_modules = _short_names(matched, linear)
-    layer = model.get_submodule(f"{split.layers_name}.{layers[0]}")
-    config.fan_in_fan_out = any(isinstance(layer.get_submodule(path), Conv1D) for path in matched)
+    config.fan_in_fan_out = transposed
     return config
 
 

@@ -38,6 +38,7 @@ def causal_lm(model: PeftModel) -> PreTrainedModel:
 def capture(model: PeftModel, layers_name: str, index: int) -> Iterator[Captured]:
     """Keep what enters decoder layer `index`, and what the decoder puts out."""
     captured = Captured()
+    model, (decoder_name, _, _) = causal_lm(model), layers_name.rpartition(".")
 
     def enter(module, args, kwargs):
         captured.entering = args[0] if args else kwargs["hidden_states"]
@@ -46,8 +47,8 @@ def capture(model: PeftModel, layers_name: str, index: int) -> Iterator[Captured
         captured.last = output[0]
 
     hooks = [
-        causal_lm(model).get_submodule(layers_name)[index].register_forward_pre_hook(enter, with_kwargs=True),
-        causal_lm(model).base_model.register_forward_hook(leave),
+        model.get_submodule(layers_name)[index].register_forward_pre_hook(enter, with_kwargs=True),
+        model.get_submodule(decoder_name).register_forward_hook(leave),
     ]
     try:
         yield captured

@@ -32,7 +32,16 @@ def launch(*command, config=None):
     """Launch a script, in two processes if there is a configuration."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if config is None:
-        launcher += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += [
+            "--num_processes",
+            "1",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
     else:
         launcher += ["--config_file", str(CONFIGS / "cpu" / f"{config}.yaml"), "--main_process_port", "0"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -72,7 +81,9 @@ def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config,
     if kind == "DEEPSPEED":
         pytest.importorskip("deepspeed")
     folder = run_recipe(files, tmp_path, TWO, config)
-    records, expected = ([json.loads(line) for line in (path / "rounds.jsonl").open()] for path in (folder, one_process))
+    records, expected = (
+        [json.loads(line) for line in (path / "rounds.jsonl").open()] for path in (folder, one_process)
+    )
     assert len(records) == len(expected) == 3  # a second writer would make it six
     for record, one in zip(records, expected, strict=True):
         for name, value in one.items():

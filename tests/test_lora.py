@@ -70,7 +70,7 @@ def test_saved_folder_loads_with_peft_alone(models, model, tmp_path, batch):
     assert config.base_model_name_or_path == "some/model"
     assert loaded.keys() == models.split.to_full(state).keys()
     plain = PeftModel.from_pretrained(tiny_model(), tmp_path)
-    assert torch.allclose(plain(**batch).logits, models.full(**batch).logits, atol=1e-6)
+    assert torch.allclose(plain(**batch).logits, models.full(**batch).logits, atol=1e-5)
     assert torch.allclose(plain.merge_and_unload()(**batch).logits, models.full(**batch).logits, atol=1e-4)
 
 

@@ -152,7 +152,9 @@ def test_run_on_a_quantized_model(make_args, folder, quantization, tmp_path):
     evaluator = runner.evaluator
     loss = evaluate_loss(model, evaluator.tokens, evaluator.data_collator, 8, evaluator.accelerator)["loss"]
     assert loss == pytest.approx(summary["adap_fu"]["loss"], abs=0.5)
-    merged = evaluate_loss(model.merge_and_unload(), evaluator.tokens, evaluator.data_collator, 8, evaluator.accelerator)["loss"]
+    merged = evaluate_loss(
+        model.merge_and_unload(), evaluator.tokens, evaluator.data_collator, 8, evaluator.accelerator
+    )["loss"]
     assert merged == pytest.approx(loss, abs=1e-3)
 
 

@@ -549,3 +549,32 @@ def test_settings_without_effect_are_named(make_runner, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     make_runner(num_train_epochs=7)
     assert "`num_train_epochs` is 7, which has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"activation_checkpointing": True},
+        {"dataloader_num_workers": 1},
+        {"teacher": "online"},
+        {"offload_full_model": True},
+        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_how_it_is_computed_changes_nothing(make_runner, setting):
+    expected = make_runner().train()
+    summary = make_runner(output_dir=f"{expected['settings']['output_dir']}-2", **setting).train()
+    for name in ("adap_emu", "adap_fu"):
+        assert summary[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"packing_strategy": "wrapped"}, {"packing_strategy": "bfd"}], ids=["wrapped", "bfd"]
+)
+def test_clients_pack_their_texts(make_runner, setting):
+    runner = make_runner(packing=True, max_length=32, local_steps=15, **setting)
+    assert len(runner.clients["north"].train_dataset) < 24
+    assert runner.clients["north"].num_examples == 24  # the weight in the average
+    losses = runner.train()
+    assert losses["adap_fu"]["loss"] < losses["zero_shot"]["loss"]

@@ -56,6 +56,20 @@ def test_adapter_layers_alone_are_the_full_model(any_model, batch):
     assert not torch.allclose(models.emulator(**batch).logits[mask], models.full(**batch).logits[mask], atol=1e-3)
 
 
+def test_alignment_loss_is_the_formula_in_every_architecture(any_model, make_trainer, batch):
+    trainer = make_trainer(any_model, alignment_kl_weight=0.7)
+    scramble(trainer.split_model)
+    full, student, mask = trainer.split_model.full.eval(), trainer.model.eval(), batch["attention_mask"].bool()
+    with torch.no_grad():
+        states = [model(**batch, output_hidden_states=True) for model in (student, full)]
+        h_s, h_t = states[0].hidden_states[3][mask], states[1].hidden_states[6][mask]
+        log_q, log_p = (state.logits[mask].log_softmax(-1) for state in states)
+        l2 = ((h_t - h_s).pow(2).mean(-1) / h_t.pow(2).mean(-1)).mean()
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        loss = trainer.compute_loss(student, dict(batch))
+    assert loss.item() == pytest.approx((l2 + 0.7 * kl).item(), rel=1e-4)
+
+
 def test_nothing_is_left_on_the_model_after_an_error(model, batch):
     models = SplitModel(model, 2, 0.5, LORA)
     before = models.emulator(**batch).logits

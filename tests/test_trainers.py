@@ -10,8 +10,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from fedbiot_trainer import ClientSFTTrainer, EmulatorAlignmentTrainer, EmulatorPackage, FedBiOTConfig
-from fedbiot_trainer.lora import get_lora_state, lora_factors, set_lora_state
+from fedbiot_trainer import (
+    ClientSFTTrainer,
+    EmulatorAlignmentTrainer,
+    EmulatorPackage,
+    FedBiOTConfig,
+    FederatedServer,
+)
+from fedbiot_trainer.lora import get_lora_state, lora_factors, set_lora_state, set_trainable_lora
 from fedbiot_trainer.losses import hidden_state_loss
 from fedbiot_trainer.teacher import run_full_model
 from fedbiot_trainer.trainer import StepSampler
@@ -378,3 +384,40 @@ def test_config_defaults_work_for_both_trainers(tmp_path, model, tokenizer):
     args = FedBiOTConfig(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     trainer = EmulatorAlignmentTrainer(model, args, sums(0, 4), processing_class=tokenizer)
     assert (trainer.args.max_steps, trainer.total_steps) == (500, 5500)
+
+
+# ---- memory
+
+
+def kept_for_backward(trainer):
+    """Bytes of the activations that a client's step keeps for its backward pass."""
+    parameters = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    set_trainable_lora(trainer.model, trainer.adapter)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        # All are alive here, so that no two of them had the same address.
+        assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_client_keeps_no_activations_of_the_emulator(make_args, tokenizer):
+    kept = {}
+    for num_layers, drop_ratio in ((4, 0.0), (12, 0.5), (12, 0.0)):
+        args = make_args(
+            emulator_drop_ratio=drop_ratio, initial_alignment_steps=0, alignment_steps=0, proximal_weight=0.0
+        )
+        models = FederatedServer(tiny_model(num_hidden_layers=num_layers), args, None, tokenizer, LORA).split_model
+        trainer = ClientSFTTrainer(models.emulator, args, sums(0, 8), processing_class=tokenizer)
+        kept[len(models.split.full_indices)] = kept_for_backward(trainer)
+    assert set(kept) == {4, 7, 12}
+    assert len(set(kept.values())) == 1
+    assert kept[4] > 0
