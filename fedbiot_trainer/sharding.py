@@ -81,6 +81,21 @@ def runnable(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     finally:
         engine.optimizer.destroy()
         engine.destroy()
+        take_off_hooks(engine)
+
+
+def take_off_hooks(engine: nn.Module):
+    """Take off the hooks that a DeepSpeed engine leaves on its model, and with which the model would keep it alive."""
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+
+
+def free_engine(accelerator: Accelerator):
+    """End a training: free what it prepared, so that the model can be used again without it."""
+    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    accelerator.free_memory()
+    if wrapped is not None:
+        take_off_hooks(wrapped.engine)
 
 
 def shards_parameters(accelerator: Accelerator) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 

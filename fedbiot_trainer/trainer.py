@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from .config import FedBiOTConfig
 from .lora import check_gradient, set_trainable_lora
-from .sharding import DeepSpeedSettings, whole_shape
+from .sharding import DeepSpeedSettings, free_engine, whole_shape
 
 
 class StepSampler(Sampler[list[int]]):
@@ -238,8 +238,9 @@ class RoundTrainer(SFTTrainer):
             vars(self.model).pop("forward", None)
             if forward is not None:
                 self.model.forward = forward
-            # Takes the hooks of a DeepSpeed engine off the model.
-            self.accelerator.free_memory()
+            self.deepspeed = None
+            self.model_wrapped = self.model
+            free_engine(self.accelerator)
         self._average_step_metrics()
         self.steps_done += self.args.max_steps
         return output

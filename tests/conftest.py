@@ -1,7 +1,10 @@
 import os
+import tempfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where the hidden states of public text are kept by default.
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "fedbiot-trainer-tests")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

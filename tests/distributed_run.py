@@ -7,12 +7,8 @@ fail in the second round.
 
 import argparse
 import os
-import warnings
+import sys
 from pathlib import Path
-
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-warnings.filterwarnings("ignore", category=FutureWarning)
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -28,7 +24,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.what == "memory" and args.process_index == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            print(f"\nresident {pages * os.sysconf('SC_PAGE_SIZE')}", flush=True)
+            sys.stdout.write(f"\nresident {pages * os.sysconf('SC_PAGE_SIZE')}\n")
         if self.what == "fail" and state.global_step == 2 and args.process_index == args.world_size - 1:
             raise RuntimeError("the disk of this machine is gone")
 

@@ -131,7 +131,6 @@ def test_memory_does_not_grow_with_the_rounds(files, tmp_path):
     assert result.returncode == 0, result.stderr[-5000:]
     resident = [int(value) for value in re.findall(r"^resident (\d+)", result.stdout, flags=re.MULTILINE)]
     assert len(resident) == 26
-    print(f"resident memory: {resident[1] / 1e6:.1f} MB after round 2, {resident[-1] / 1e6:.1f} MB after round 26")
     assert resident[-1] < 1.03 * resident[1]
 
 
