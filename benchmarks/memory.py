@@ -1,9 +1,14 @@
 """
-Whether memory grows with the number of simulated clients.
+What a client needs, and whether memory grows with the number of simulated clients.
 
-Each run of a `FederatedRunner` has its own process; compared is its peak resident memory (`VmHWM`). One series has the
-same number of training examples in all, the other the same number for each client. A last row compares addresses: how
-many of the emulator's bytes are the full model's own.
+Everything is run in a process of its own, and compared is the peak of its resident memory (`VmHWM`).
+
+- `client step`: local steps on an emulator package, against full-model LoRA SFT (TRL's `SFTTrainer`, LoRA of the same
+  rank on the same modules of all layers) with the same batches, with and without activation checkpointing. Both start
+  from a model on disk; what the process holds before it loads a model is taken off.
+- `num_clients`: runs of a `FederatedRunner`, one series with the same number of training examples in all, the other
+  with the same number for each client.
+- Addresses: how many of the emulator's bytes are the full model's own.
 
     python benchmarks/memory.py --json memory.json
 """
@@ -20,6 +25,7 @@ from common import parser, random_llama, show, spread, token_dataset, word_token
 
 
 TARGET = 1.03
+STEPS = ("client step", "full-model LoRA, checkpointed", "full-model LoRA")
 SERIES = {"examples in all": (1200, None), "examples per client": (None, 4)}
 
 
@@ -75,12 +81,79 @@ def shared_bytes(split_model) -> float:
     return sum(size for address, size in emulator.items() if address in full) / sum(emulator.values())
 
 
+def save_models(args, folder: str):
+    """The full model and its emulator package."""
+    from peft import LoraConfig
+
+    from fedbiot_trainer import FedBiOTConfig, FederatedServer
+
+    sizes = args.step_hidden_size, args.step_num_layers, args.vocab_size
+    model, tokenizer = random_llama(*sizes), word_tokenizer(args.vocab_size)
+    model.save_pretrained(f"{folder}/full")
+    config = FedBiOTConfig(folder, initial_alignment_steps=0, alignment_steps=0, emulator_drop_ratio=0.5)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    FederatedServer(model, config, None, tokenizer, lora).package().save(f"{folder}/package")
+
+
+def train_steps(args) -> dict:
+    """Three steps of a client or of full-model LoRA SFT, in this process."""
+    from peft import LoraConfig
+    from transformers import LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from fedbiot_trainer import ClientSFTTrainer, FedBiOTConfig
+
+    data, tokenizer = token_dataset(24, 128, args.vocab_size), word_tokenizer(args.vocab_size)
+    shared = {"per_device_train_batch_size": 8, "bf16": False, "report_to": "none", "save_strategy": "no"}
+    with tempfile.TemporaryDirectory() as folder:
+        before = peak_mb()
+        if args.step == "client step":
+            config = FedBiOTConfig(folder, local_steps=3, **shared)
+            trainer = ClientSFTTrainer(f"{args.models}/package", config, data, processing_class=tokenizer)
+        else:
+            config = SFTConfig(folder, max_steps=3, activation_checkpointing="checkpointed" in args.step, **shared)
+            model = LlamaForCausalLM.from_pretrained(f"{args.models}/full")
+            lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+            trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+        weights = sum(parameter.nbytes for parameter in trainer.model.parameters()) / 1e6
+        trainer.train()
+        return {"weights_mb": weights, "peak_mb": peak_mb() - before}
+
+
 def in_subprocess(args, num_clients: int, examples_per_client: int) -> dict:
     sizes = ("hidden_size", "num_layers", "vocab_size", "num_tokens")
-    command = [sys.executable, __file__, *(f"--{name}={getattr(args, name)}" for name in sizes)]
-    command += [f"--num_clients={num_clients}", f"--examples_per_client={examples_per_client}"]
+    flags = [f"--{name}={getattr(args, name)}" for name in sizes]
+    return launch(*flags, f"--num_clients={num_clients}", f"--examples_per_client={examples_per_client}")
+
+
+def launch(*flags: str) -> dict:
+    command = [sys.executable, __file__, *flags]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
+
+
+def measure_steps(args) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_models(args, folder)
+        flags = [f"--models={folder}", f"--vocab_size={args.vocab_size}"]
+        results = {step: [launch(*flags, f"--step={step}") for _ in range(args.repetitions)] for step in STEPS}
+    rows = []
+    for step in STEPS[1:]:
+        peaks = [[result["peak_mb"] for result in results[name]] for name in ("client step", step)]
+        rows.append(
+            {
+                "constant": f"client step / {step}",
+                "hidden_size": args.step_hidden_size,
+                "num_layers": args.step_num_layers,
+                "client_weights_mb": results["client step"][0]["weights_mb"],
+                "weights_mb": results[step][0]["weights_mb"],
+                "client_peak_mb": statistics.median(peaks[0]),
+                "peak_mb": statistics.median(peaks[1]),
+                **spread(client / other for client, other in zip(*peaks, strict=True)),
+                "target": 1.0,
+            }
+        )
+    return rows
 
 
 def main():
@@ -93,14 +166,21 @@ def main():
     arguments.add_argument("--repetitions", type=int, default=2, help="Processes per configuration.")
     arguments.add_argument("--num_clients", type=int, help="Only this run, in this process; prints one line of JSON.")
     arguments.add_argument("--examples_per_client", type=int, default=4)
+    arguments.add_argument("--step_hidden_size", type=int, default=512, help="Hidden size for the client step.")
+    arguments.add_argument("--step_num_layers", type=int, default=16, help="Layers of the full model for it.")
+    arguments.add_argument("--step", choices=STEPS, help="Only these steps, in this process; prints a line of JSON.")
+    arguments.add_argument("--models", help="Folder of the models for them.")
     args = arguments.parse_args()
+    if args.step:
+        print("\n" + json.dumps(train_steps(args)))
+        return
     if args.num_clients:
         print("\n" + json.dumps(run_federation(args)))
         return
     if args.quick:
         args.clients, args.repetitions = [3, 12], 1
 
-    rows = []
+    rows = measure_steps(args)
     for series, (total, per_client) in list(SERIES.items())[: 1 if args.quick else None]:
         results = {
             clients: [in_subprocess(args, clients, per_client or total // clients) for _ in range(args.repetitions)]
@@ -122,7 +202,7 @@ def main():
         ]
     shared = spread(result["shared"] for result in results[args.clients[0]])
     rows.append({"constant": "emulator bytes shared with the full model", **shared, "target": 1.0})
-    show("Peak memory of a run against the run with the fewest clients", rows, args.json)
+    show("Peak memory", rows, args.json)
 
 
 if __name__ == "__main__":
