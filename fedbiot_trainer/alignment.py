@@ -79,7 +79,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         args.model_init_kwargs = None
         total_steps = args.initial_alignment_steps + args.num_rounds * args.alignment_steps
         super().__init__(model.emulator, args, total_steps, train_dataset, **kwargs)
-        self.head = OutputHead(causal_lm(self.model))
+        self.head = OutputHead(causal_lm(model.full))  # FSDP2 shards the emulator's
         self.store: HiddenStateStore | None = None
         if args.teacher == "cached":
             self._plan_store()

@@ -2,6 +2,7 @@
 
 import itertools
 import zlib
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
@@ -12,7 +13,7 @@ from .lora import CLIENT, EMULATOR, get_lora_state, load_lora, lora_factors, sav
 from .losses import proximal_term
 from .package import EmulatorPackage
 from .payload import ClientUpdate, RoundStart, check_lora
-from .sharding import gathered
+from .sharding import gathered, is_sharded, release_whole
 from .trainer import RoundTrainer
 
 
@@ -53,8 +54,7 @@ class ClientSFTTrainer(RoundTrainer):
         self._reference: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def train(self, *args, **kwargs):
-        factors, _ = lora_factors(self.model, CLIENT)
-        with gathered(itertools.chain(*factors)):
+        with self._factors() as (factors, _):
             self._reference = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
         return super().train(*args, **kwargs)
 
@@ -66,12 +66,21 @@ class ClientSFTTrainer(RoundTrainer):
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         self.record("sft_loss", loss.detach() * steps)
         if self.args.proximal_weight > 0:
-            factors, scalings = lora_factors(self.model, CLIENT)
-            with gathered(itertools.chain(*factors)):
+            with self._factors() as (factors, scalings):
                 distance = proximal_term(factors, self._reference, scalings)
             self.record("proximal_term", distance.detach())
             loss = loss + self.args.proximal_weight / 2 * distance / steps
         return (loss, outputs) if return_outputs else loss
+
+    @contextmanager
+    def _factors(self):
+        """[`lora_factors`] of the client LoRA, whole."""
+        factors, scalings = lora_factors(self.model, CLIENT)
+        if not all(map(is_sharded, itertools.chain(*factors))):
+            release_whole(self.model)
+            factors, scalings = lora_factors(self.model, CLIENT)
+        with gathered(itertools.chain(*factors)) as tensors:
+            yield list(zip(tensors[::2], tensors[1::2], strict=True)), scalings
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Write the client LoRA as a PEFT folder for the emulator package."""

@@ -4,7 +4,6 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .sharding import is_sharded
 
@@ -44,7 +43,7 @@ class FusedLoraLinear(lora.Linear):
             return False
         hooked = base._forward_hooks or base._forward_pre_hooks
         weights = base.weight, self.lora_A[name].weight
-        return not hooked and not any(is_sharded(weight) or isinstance(weight, DTensor) for weight in weights)
+        return not hooked and not any(map(is_sharded, weights))
 
 
 class _FusedLora(torch.autograd.Function):

@@ -206,8 +206,8 @@ def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A digest of named tensors: names, shapes, dtypes and every value."""
     digest = xxhash.xxh3_128()
     for name, tensor in tensors:
-        with gathered([tensor]):
-            for part in _parts(tensor.detach()):
+        with gathered([tensor]) as (whole,):
+            for part in _parts(whole.detach()):
                 value = part.cpu().contiguous()
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
                 digest.update(value.flatten().view(torch.uint8).numpy())

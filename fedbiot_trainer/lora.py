@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .emulator import EmulatorSplit, build_emulator, is_linear, split_layers
 from .fused_lora import fuse_loras
-from .sharding import gathered
+from .sharding import gathered, release_whole
 
 
 CLIENT = "client"
@@ -243,6 +243,7 @@ def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_con
 
 def set_trainable_lora(model: PeftModel, adapter: str):
     """Let only the LoRA `adapter` have gradients."""
+    release_whole(model)
     model.requires_grad_(False)
     for _, parameter in _lora_parameters(model, adapter):
         parameter.requires_grad_(True)
@@ -257,9 +258,10 @@ def _lora_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, nn.P
 
 def get_lora_state(model: PeftModel, adapter: str) -> LoraState:
     """Copies of the LoRA's tensors on the CPU, under the keys of a saved PEFT folder."""
+    release_whole(model)
     parameters = dict(_lora_parameters(model, adapter))
-    with gathered(parameters.values()):
-        return {key: parameter.detach().to("cpu", copy=True) for key, parameter in parameters.items()}
+    with gathered(parameters.values()) as tensors:
+        return {key: whole.detach().to("cpu", copy=True) for key, whole in zip(parameters, tensors, strict=True)}
 
 
 def set_lora_state(model: PeftModel, adapter: str, state: LoraState):
@@ -269,15 +271,16 @@ def set_lora_state(model: PeftModel, adapter: str, state: LoraState):
     Raises:
         ValueError: If a key is missing or unknown.
     """
+    release_whole(model)
     parameters = dict(_lora_parameters(model, adapter))
     if parameters.keys() != state.keys():
         odd = sorted(parameters.keys() ^ state.keys())
         raise ValueError(
             f"The {adapter} LoRA's tensors do not match the model's: {len(odd)} differ, first `{odd[0]}`."
         )
-    with torch.no_grad(), gathered(parameters.values(), write=True):
-        for key, parameter in parameters.items():
-            parameter.copy_(state[key])
+    with torch.no_grad(), gathered(parameters.values(), write=True) as tensors:
+        for key, whole in zip(parameters, tensors, strict=True):
+            whole.copy_(state[key])
 
 
 def check_gradient(model: PeftModel):

@@ -1,6 +1,7 @@
-"""What changes when a run has several processes, or parameters are sharded over them (DeepSpeed ZeRO-3)."""
+"""What changes when a run has several processes, or parameters are sharded over them (DeepSpeed ZeRO-3, FSDP2)."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
 
@@ -17,8 +20,8 @@ def is_main_process() -> bool:
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 has taken the parameter over."""
-    return hasattr(parameter, "ds_id")
+    """Whether DeepSpeed ZeRO-3 or FSDP2 has taken the parameter over."""
+    return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
@@ -27,22 +30,54 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 @contextmanager
-def gathered(parameters: Iterable[torch.Tensor], write: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[torch.Tensor], write: bool = False) -> Iterator[list[torch.Tensor]]:
     """
     Have the whole values of `parameters` in the block. All processes must enter it.
 
     Args:
         parameters (iterable of `torch.Tensor`): Sharded or not.
         write (`bool`, *optional*, defaults to `False`): Whether the block changes them (in all processes alike).
-    """
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-    if not sharded:
-        yield
-        return
-    import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
-        yield
+    Yields:
+        `list[torch.Tensor]`: The whole tensors. Gradients flow from them to the parameters.
+    """
+    parameters = list(parameters)
+    zero = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if zero:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(zero, modifier_rank=0 if write else None):
+            yield parameters
+        return
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+    yield whole
+    if write:
+        for parameter, tensor in zip(parameters, whole, strict=True):
+            if parameter is not tensor:
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.copy_(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
+
+
+def release_whole(model: nn.Module):
+    """
+    Let FSDP2 drop what it left whole after a forward pass. The model's parameters are the shards then, which is what
+    optimizers change; the whole ones would be copies, in the dtype of mixed precision.
+    """
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def renew_trainable(model: nn.Module):
+    """
+    Let FSDP2 see which parameters are trainable now. It takes the dtype of a layer's gradients from those that were so
+    in the first forward pass, and otherwise looks again only when it is told to gather the layer.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and any(parameter.requires_grad for parameter in module.parameters()):
+            module.unshard()
+            module.reshard()
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -52,16 +87,16 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     persistent = model.state_dict().keys()
     state = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     for name, parameter in model.named_parameters():
-        with gathered([parameter]):
+        with gathered([parameter]) as (whole,):
             if is_main_process():
-                state[name] = parameter.detach().to("cpu", copy=True)
+                state[name] = whole.detach().to("cpu", copy=True)
     return state
 
 
 @contextmanager
 def runnable(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Let a model that no training has wrapped do forward passes in the block, sharded if the run shards parameters."""
-    if not shards_parameters(accelerator):
+    if not _is_zero3(accelerator):
         yield
         return
     import deepspeed
@@ -99,11 +134,40 @@ def free_engine(accelerator: Accelerator):
 
 
 def shards_parameters(accelerator: Accelerator) -> bool:
-    """Whether the run is under ZeRO-3."""
+    """Whether the run is under ZeRO-3 or FSDP2."""
+    return accelerator.is_fsdp2 or _is_zero3(accelerator)
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
     return (
         accelerator.distributed_type == DistributedType.DEEPSPEED
         and accelerator.state.deepspeed_plugin.zero_stage == 3
     )
+
+
+def prepare_fsdp(accelerator: Accelerator):
+    """
+    Check the run's FSDP settings, if it has any, and let its models put out what they compute.
+
+    Raises:
+        ValueError: If the models cannot be trained with them.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"`fsdp_version` is {plugin.fsdp_version}, but the two LoRAs are trained in turn, and FSDP1 cannot change "
+            "what is trainable. Use 2."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading` is set, but each process needs the whole full model, and it would load it "
+            "in one only. Set it to false."
+        )
+    if plugin.mixed_precision_policy is not None:
+        # Accelerate has all outputs cast, the loss among them, which bfloat16 would round to three digits.
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 class DeepSpeedSettings:

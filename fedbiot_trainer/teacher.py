@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -104,7 +105,7 @@ class OutputHead:
             yield self._logits
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(states, self.layer.weight, self.layer.bias).float()
+        logits = F.linear(states.to(self.layer.weight.dtype), self.layer.weight, self.layer.bias).float()
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -136,5 +137,8 @@ def run_adapter_layers(models: SplitModel, inputs: dict[str, torch.Tensor], stat
         entering_at(emulator, split.layers_name, first, states),
         capture(emulator, split.layers_name, first) as captured,
     ):
-        causal_lm(emulator).base_model(**inputs, use_cache=False)
+        if isinstance(emulator, FSDPModule):  # must see the forward pass of the whole model; no logits are wanted
+            emulator(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=states.device))
+        else:
+            causal_lm(emulator).base_model(**inputs, use_cache=False)
     return captured

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from .config import FedBiOTConfig
 from .lora import check_gradient, set_trainable_lora
-from .sharding import DeepSpeedSettings, free_engine, whole_shape
+from .sharding import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
 
 
 class StepSampler(Sampler[list[int]]):
@@ -121,6 +121,7 @@ class RoundTrainer(SFTTrainer):
             if self.args.deepspeed_plugin is not None:
                 self._deepspeed = DeepSpeedSettings(self.args.deepspeed_plugin.hf_ds_config.config)
             super().create_accelerator_and_postprocess()
+            prepare_fsdp(self.accelerator)
         else:
             # DeepSpeed allows one accelerator in a process.
             self._deepspeed = other._deepspeed
@@ -229,15 +230,19 @@ class RoundTrainer(SFTTrainer):
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.step_metrics.clear()
+        renew_trainable(self.model)
         self._prepare_processes()
-        # Accelerate wraps `forward` for mixed precision at every call; without this the wrappers would pile up.
-        forward = vars(self.model).get("forward")
+        # Accelerate wraps `forward` for mixed precision at every call, and Transformers wraps `generate` for FSDP2;
+        # without this the wrappers would pile up.
+        forward, generate = (vars(self.model).get(name) for name in ("forward", "generate"))
         try:
             output = super().train(*args, **kwargs)
         finally:
             vars(self.model).pop("forward", None)
             if forward is not None:
                 self.model.forward = forward
+            if generate is not None:
+                self.model.generate = generate
             self.deepspeed = None
             self.model_wrapped = self.model
             free_engine(self.accelerator)

@@ -4,12 +4,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import sums, tiny_model
 from safetensors.torch import load_file
+
+from fedbiot_trainer.sharding import prepare_fsdp
 
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,8 @@ def files(tmp_path_factory, tokenizer):
 
 def launch(*command, config=None):
     """Launch a script, in two processes if there is a configuration."""
+    if config == "fsdp2":
+        command, config = (Path(__file__).parent / "fsdp_run.py", CONFIGS / "fsdp2.yaml", *command), "ddp"
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if config is None:
         launcher += [
@@ -75,7 +80,7 @@ def one_process(files, tmp_path_factory):
 
 
 @pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"),
-                                          ("zero3_init", "DEEPSPEED")])  # fmt: skip
+                                          ("zero3_init", "DEEPSPEED"), ("fsdp2", "FSDP")])  # fmt: skip
 def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config, kind):
     """Float32 sums of other parts, through 19 AdamW steps of 2e-3: 1e-4 in losses, 2e-4 in the LoRAs."""
     if kind == "DEEPSPEED":
@@ -111,6 +116,25 @@ def test_two_processes_with_an_online_teacher(files, tmp_path, one_process):
     folder = run_recipe(files, tmp_path, TWO, "ddp", teacher="online")
     state, expected = (load_file(path / "client_lora" / "adapter_model.safetensors") for path in (folder, one_process))
     assert all(torch.allclose(state[key], expected[key], atol=2e-4) for key in expected)
+
+
+def test_fsdp2_with_mixed_precision(files, tmp_path, one_process):
+    """Without a proximal term, so that FSDP2 alone makes the gradients of what it first saw frozen."""
+    folder = run_recipe(files, tmp_path, TWO, "fsdp2", bf16="true", teacher="online", proximal_weight=0)
+    records, expected = (
+        [json.loads(line) for line in (path / "rounds.jsonl").open()] for path in (folder, one_process)
+    )
+    for record, one in zip(records, expected, strict=True):
+        for name in ("alignment_l2", "alignment_kl", "adap_emu_loss", "adap_fu_loss", "client_losses"):
+            assert record[name] == pytest.approx(one[name], rel=2e-2), name
+
+
+@pytest.mark.parametrize("name, value", [("fsdp_version", 1), ("cpu_ram_efficient_loading", True)])
+def test_fsdp_settings_that_cannot_work_are_refused(name, value):
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, name: value})
+    accelerator = SimpleNamespace(distributed_type="FSDP", state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=name):
+        prepare_fsdp(accelerator)
 
 
 def test_failing_process_ends_the_run(files, tmp_path):

@@ -199,7 +199,8 @@ def test_one_client_in_one_round_is_plain_sft(make_runner, tokenizer, tmp_path):
     assert rounds_of(runner)[0]["client_losses"]["only"] == pytest.approx(loss, abs=1e-6)
     result = runner.server.split_model.split.to_full(runner.server.client_lora)
     trained = get_lora_state(plain_model, "default")
-    assert all(torch.allclose(result[key], trained[key], atol=1e-6) for key in trained)
+    # Rounding differs from that of the LoRA layers of PEFT, through eight AdamW steps of 1e-2.
+    assert all(torch.allclose(result[key], trained[key], atol=1e-4) for key in trained)
 
 
 def test_same_seed_same_run(make_runner, tmp_path):
