@@ -16,7 +16,7 @@ from .hidden_states import GB, HiddenStateStore, fill_store, store_folder, tenso
 from .lora import CLIENT, EMULATOR, SplitModel, get_lora_state, load_lora, set_lora_state, with_rank
 from .losses import hidden_state_loss, masked_kl
 from .package import EmulatorPackage, load_model
-from .sharding import runnable
+from .sharding import is_zero3, runnable
 from .teacher import Captured, OutputHead, capture, causal_lm, run_adapter_layers, run_full_model
 from .trainer import RoundTrainer
 
@@ -83,6 +83,11 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         self.store: HiddenStateStore | None = None
         if args.teacher == "cached":
             self._plan_store()
+        elif is_zero3(self.accelerator):
+            raise ValueError(
+                "`teacher` is 'online', but under DeepSpeed ZeRO-3 the shards of the full model cannot be gathered while "
+                "the emulator trains. Use `teacher='cached'`."
+            )
 
     def _plan_store(self):
         """Give each public text a place in the store, and check that what the run needs of it is not too large."""
@@ -131,14 +136,15 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         folder = store_folder(
             self.args.teacher_cache_dir,
             model=tensors_digest((name, p) for name, p in tensors if "lora_" not in name),
-            config=self.split_model.full.config.to_diff_dict(),
+            config={**self.split_model.full.config.to_diff_dict(), "_name_or_path": None},
             layer=self.split_model.split.adapter_indices[0],
             texts=texts_digest(self._texts),
             dtype=str(self._states_dtype),
             mixed_precision=self.accelerator.mixed_precision,
         )
         store = HiddenStateStore(folder, self._lengths, self._hidden_size, self._states_dtype)
-        store.make_room(num_texts, self.args.teacher_cache_max_gb * GB)
+        if self.accelerator.is_local_main_process:
+            store.make_room(num_texts, self.args.teacher_cache_max_gb * GB)
         bar = tqdm(desc="Hidden states of the public text", disable=self.args.disable_tqdm or on_progress is not None)
 
         def show(done, total):

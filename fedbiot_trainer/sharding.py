@@ -96,7 +96,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 @contextmanager
 def runnable(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Let a model that no training has wrapped do forward passes in the block, sharded if the run shards parameters."""
-    if not _is_zero3(accelerator):
+    if not is_zero3(accelerator):
         yield
         return
     import deepspeed
@@ -135,10 +135,11 @@ def free_engine(accelerator: Accelerator):
 
 def shards_parameters(accelerator: Accelerator) -> bool:
     """Whether the run is under ZeRO-3 or FSDP2."""
-    return accelerator.is_fsdp2 or _is_zero3(accelerator)
+    return accelerator.is_fsdp2 or is_zero3(accelerator)
 
 
-def _is_zero3(accelerator: Accelerator) -> bool:
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether the run is under DeepSpeed ZeRO-3."""
     return (
         accelerator.distributed_type == DistributedType.DEEPSPEED
         and accelerator.state.deepspeed_plugin.zero_stage == 3

@@ -26,6 +26,8 @@ from fedbiot_trainer import FedBiOTConfig
         ("dirichlet_alpha", 0.0, "`dirichlet_alpha` is 0.0, but it must be positive"),
         ("partition", "random", "`partition` is 'random', but it must be one of iid, dirichlet, by-column"),
         ("partition", "by-column", "`partition` is 'by-column', .* `partition_column` is not set"),
+        ("teacher", "offline", "`teacher` is 'offline', but it must be one of cached, online"),
+        ("teacher_cache_max_gb", 0, "`teacher_cache_max_gb` is 0, but it must be positive"),
         ("max_steps", 100, "`max_steps` is 100, but a federated run counts `num_rounds`"),
         ("lr_scheduler_type", "greedy", "`lr_scheduler_type` is 'greedy'"),
         ("train_sampling_strategy", "group_by_length", "`train_sampling_strategy` is 'group_by_length'"),
@@ -58,3 +60,8 @@ def test_derived_arguments_leave_the_original_alone(make_args):
     assert args.alignment_arguments().learning_rate == args.alignment_learning_rate
     assert args.quiet().report_to == []
     assert (args.max_steps, args.learning_rate, args.report_to) == (-1, 1e-2, ["tensorboard"])
+
+
+def test_offloading_needs_a_cached_teacher(tmp_path):
+    with pytest.raises(ValueError, match="`offload_full_model` is True, but an online teacher runs the full model"):
+        FedBiOTConfig(str(tmp_path), offload_full_model=True, teacher="online", use_cpu=True)

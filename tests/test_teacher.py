@@ -172,6 +172,19 @@ def test_cache_is_bounded(make_trainer, tmp_path):
     assert folders[2] == folders[3]
 
 
+def test_online_teacher_under_zero3_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr("fedbiot_trainer.alignment.is_zero3", lambda accelerator: True)
+    with pytest.raises(ValueError, match="`teacher` is 'online', but under DeepSpeed ZeRO-3"):
+        make_trainer(teacher="online")
+
+
+def test_store_does_not_depend_on_where_the_model_is(make_trainer, tmp_path):
+    for folder in ("here", "there"):
+        tiny_model().save_pretrained(tmp_path / folder)
+        make_trainer(str(tmp_path / folder)).train()
+    assert len(shards(tmp_path)) == 1
+
+
 def test_full_disk(tmp_path, monkeypatch):
     folder = store_folder(str(tmp_path), content=1)
     store = HiddenStateStore(folder, [10, 20], 8, torch.float32)
@@ -207,3 +220,25 @@ def test_long_and_short_texts(make_trainer):
     assert sorted(states) == list(range(19))
     for place, expected in states.items():
         assert torch.allclose(trainer.store[place], expected, atol=1e-5)
+
+
+def test_store_that_cannot_be_read_after_it_was_written(make_trainer, monkeypatch):
+    monkeypatch.setattr(HiddenStateStore, "write", lambda self, shard, states: None)
+    with pytest.raises(OSError, match="1 of 1 files of hidden states cannot be read in .* after they were written"):
+        make_trainer().train()
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_dropped_layers_stay_off_the_device(make_trainer, monkeypatch, offload):
+    models = make_trainer().split_model
+    moved, to = set(), torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: moved.add(self.data_ptr()) or to(self, *args))
+    models.move(torch.device("cpu"), offload)
+    layers = models.full.get_base_model().model.layers
+    for index, layer in enumerate(layers):
+        addresses = {parameter.data_ptr() for parameter in layer.parameters()}
+        assert (addresses & moved == set()) if offload and index in models.split.dropped else addresses <= moved
+    moved.clear()
+    with models.whole_on(torch.device("cpu")):
+        dropped = {p.data_ptr() for index in models.split.dropped for p in layers[index].parameters()}
+        assert moved == (dropped if offload else set())
