@@ -67,8 +67,8 @@ def test_package_round_trip(any_model, batch, tmp_path):
     with_loras = PeftModel.from_pretrained(plain, tmp_path / "client_lora", adapter_name="client")
     with_loras.load_adapter(tmp_path / "emulator_lora", adapter_name="emulator")
     with_loras.base_model.set_adapter(["client", "emulator"])
-    assert torch.allclose(with_loras.eval()(**batch).logits, expected, atol=1e-6)
-    assert torch.allclose(EmulatorPackage.load(tmp_path).peft_model().eval()(**batch).logits, expected, atol=1e-6)
+    assert torch.allclose(with_loras.eval()(**batch).logits, expected, atol=1e-4)
+    assert torch.allclose(EmulatorPackage.load(tmp_path).peft_model().eval()(**batch).logits, expected, atol=1e-4)
 
 
 def test_generation_with_cache_equals_without(any_model, batch):
