@@ -32,38 +32,37 @@ def run_federation(args):
 
     from fedbiot_trainer import FedBiOTConfig, FederatedRunner
 
-    with tempfile.TemporaryDirectory() as folder:
-        num_processes = int(os.environ.get("WORLD_SIZE", 1))
-        config = FedBiOTConfig(
-            args.folder,
-            num_rounds=args.num_rounds,
-            local_steps=10,
-            initial_alignment_steps=2,
-            alignment_steps=4,
-            alignment_batch_size=args.batch_size // num_processes,
-            per_device_train_batch_size=args.batch_size // num_processes,
-            teacher_cache_dir=folder,
-            report_to="none",
-            log_level="error",
-            use_cpu=True,
-            bf16=False,
-        )
-        runner = FederatedRunner(
-            AutoModelForCausalLM.from_pretrained(args.model),
-            config,
-            {f"client-{i}": token_dataset(64, args.num_tokens, args.vocab_size, i) for i in range(2)},
-            public_dataset=token_dataset(64, args.num_tokens, args.vocab_size),
-            processing_class=word_tokenizer(args.vocab_size),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-        )
-        runner.train()
-        if config.process_index == 0:
-            held = {}
-            for name, parameter in runner.server.split_model.full.named_parameters():
-                tensor = getattr(parameter, "ds_tensor", parameter)
-                if "lora_" not in name:
-                    held[tensor.data_ptr()] = tensor.nbytes
-            Path(args.folder, "weights.json").write_text(json.dumps(sum(held.values())))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    config = FedBiOTConfig(
+        args.folder,
+        num_rounds=args.num_rounds,
+        local_steps=10,
+        initial_alignment_steps=2,
+        alignment_steps=4,
+        alignment_batch_size=args.batch_size // num_processes,
+        per_device_train_batch_size=args.batch_size // num_processes,
+        teacher_cache_dir=f"{args.folder}/cache",
+        report_to="none",
+        log_level="error",
+        use_cpu=True,
+        bf16=False,
+    )
+    runner = FederatedRunner(
+        AutoModelForCausalLM.from_pretrained(args.model),
+        config,
+        {f"client-{i}": token_dataset(64, args.num_tokens, args.vocab_size, i) for i in range(2)},
+        public_dataset=token_dataset(64, args.num_tokens, args.vocab_size),
+        processing_class=word_tokenizer(args.vocab_size),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    )
+    runner.train()
+    if config.process_index == 0:
+        held = {}
+        for name, parameter in runner.server.split_model.full.named_parameters():
+            tensor = getattr(parameter, "ds_tensor", parameter)
+            if "lora_" not in name:
+                held[tensor.data_ptr()] = tensor.nbytes
+        Path(args.folder, "weights.json").write_text(json.dumps(sum(held.values())))
 
 
 def launch(args, model: str, config: str | None) -> tuple[int, list[float]]:
