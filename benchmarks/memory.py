@@ -133,12 +133,13 @@ def launch(*flags: str) -> dict:
 
 
 def measure_steps(args) -> list[dict]:
+    steps = STEPS[:2] if args.quick else STEPS
     with tempfile.TemporaryDirectory() as folder:
         save_models(args, folder)
         flags = [f"--models={folder}", f"--vocab_size={args.vocab_size}"]
-        results = {step: [launch(*flags, f"--step={step}") for _ in range(args.repetitions)] for step in STEPS}
+        results = {step: [launch(*flags, f"--step={step}") for _ in range(args.repetitions)] for step in steps}
     rows = []
-    for step in STEPS[1:]:
+    for step in steps[1:]:
         peaks = [[result["peak_mb"] for result in results[name]] for name in ("client step", step)]
         rows.append(
             {
@@ -178,7 +179,7 @@ def main():
         print("\n" + json.dumps(run_federation(args)))
         return
     if args.quick:
-        args.clients, args.repetitions = [3, 12], 1
+        args.clients, args.repetitions, args.step_hidden_size = [3, 12], 1, 64
 
     rows = measure_steps(args)
     for series, (total, per_client) in list(SERIES.items())[: 1 if args.quick else None]:

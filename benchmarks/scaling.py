@@ -98,7 +98,7 @@ def main():
         return
     configs = list(TARGETS)
     if args.quick:
-        args.hidden_size, args.num_rounds, configs = 64, 2, ["zero3"]
+        args.hidden_size, args.num_rounds, configs = 64, 2, ["ddp"]
     with tempfile.TemporaryDirectory() as model:
         random_llama(args.hidden_size, args.num_layers, args.vocab_size).save_pretrained(model)
         one_weights, one_seconds = launch(args, model, None)
