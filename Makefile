@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 SOURCES := fedbiot_trainer recipes benchmarks tests setup.py
 
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages.
-$(VENV)/.installed: setup.py constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+$(VENV)/.runtime: setup.py constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) torch
+	$(PIP) -e . tensorboard
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.runtime
+	$(PIP) -e ".[dev]"
 	touch $@
 
 install: $(VENV)/.installed
 
-demo: install
+demo: $(VENV)/.runtime
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/fedbiot_sft.py
 
 test: install

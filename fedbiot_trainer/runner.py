@@ -128,10 +128,9 @@ class FederatedRunner:
             trainer.remove_callback(PrinterCallback)
 
         self.console = Console()
+        main, local_main = args.process_index == 0, args.local_process_index == 0
         self.state = TrainerState(
-            max_steps=args.num_rounds,
-            is_world_process_zero=args.process_index == 0,
-            is_local_process_zero=args.local_process_index == 0,
+            max_steps=args.num_rounds, is_world_process_zero=main, is_local_process_zero=local_main
         )
         trackers = [callback() for callback in get_reporting_integration_callbacks(args.report_to)]
         self.callback_handler = CallbackHandler(
@@ -152,7 +151,7 @@ class FederatedRunner:
             `dict`: The content of `summary.json`.
 
         Raises:
-                ValueError: If this runner has trained already.
+            ValueError: If this runner has trained already.
         """
         if resume_from_checkpoint:
             raise ValueError(
@@ -161,8 +160,7 @@ class FederatedRunner:
             )
         if self.state.global_step > 0:
             raise ValueError(
-                f"This runner has trained {self.state.global_step} rounds. Make another one, with another `output_dir`, to "
-                "train again."
+                f"This runner has trained {self.state.global_step} rounds. Make another one, with another `output_dir`."
             )
         args, started = self.args, time.perf_counter()
         self.trainer.accelerator.wait_for_everyone()  # all have seen that the folder is free
@@ -216,9 +214,8 @@ class FederatedRunner:
             self.evaluator.zero_shot()
         seconds: dict[str, float] = {}
         if self.server.trainer is not None:
-            self.server.trainer.prepare_teacher(
-                lambda done, total: progress.phase(0, f"hidden states of the public text {done}/{total}")
-            )
+            what = "hidden states of the public text"
+            self.server.trainer.prepare_teacher(lambda done, total: progress.phase(0, f"{what} {done}/{total}"))
         with timed(seconds, "seconds"):
             progress.phase(0, "initial alignment")
             metrics = self.server.align(self.args.initial_alignment_steps)
