@@ -67,15 +67,18 @@ def measure(args, teacher: str, drop_ratio: float, batch_size: int, vocab_size: 
         def step():
             trainer.compute_loss(model, dict(batch)).backward()
 
+        folded = trainer.folded_client_lora()  # as `train()` does, once for all its steps
+
         blocks = []
-        for block in range(args.blocks + 1):  # the first warms up
-            seconds: dict = {plain: [], step: []}
-            for turn in range(args.turns if block else 2):
-                for function in (plain, step) if turn % 2 else (step, plain):
-                    model.zero_grad()
-                    plain_model.zero_grad()
-                    timed(seconds[function], function)()
-            blocks.append({function: statistics.median(values) for function, values in seconds.items()})
+        with folded:
+            for block in range(args.blocks + 1):  # the first warms up
+                seconds: dict = {plain: [], step: []}
+                for turn in range(args.turns if block else 2):
+                    for function in (plain, step) if turn % 2 else (step, plain):
+                        model.zero_grad()
+                        plain_model.zero_grad()
+                        timed(seconds[function], function)()
+                blocks.append({function: statistics.median(values) for function, values in seconds.items()})
     blocks = blocks[1:]
     return {
         "teacher": teacher,

@@ -1,9 +1,13 @@
 """PEFT's LoRA layer with fewer passes over the activations."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
+from torch.nn import functional as F
 
 from .sharding import is_sharded
 
@@ -16,7 +20,13 @@ class FusedLoraLinear(lora.Linear):
     float32 copy of the input for the LoRA's gradient. Here the output is written once and added to once, forward and
     backward. Parameters, names and all else are PEFT's, and so is the forward pass wherever this one does not apply:
     with active dropout, several or no LoRAs, merged, quantized or sharded weights.
+
+    Attributes:
+        folded (`torch.Tensor`, *optional*): `W + scaling B A`, `(out_features, in_features)`, to be used instead of the
+            three; see [`folded_loras`].
     """
+
+    folded: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or not self._is_plain():
@@ -24,6 +34,8 @@ class FusedLoraLinear(lora.Linear):
         adapter = next(name for name in self.active_adapters if name in self.lora_A)
         base = self.get_base_layer()
         weights = base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if self.folded is not None:
+            return F.linear(x, self.folded, base.bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, *weights = (None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
@@ -88,3 +100,22 @@ def fuse_loras(model: PeftModel) -> PeftModel:
         if type(module) is lora.Linear:
             module.__class__ = FusedLoraLinear
     return model
+
+
+@contextmanager
+def folded_loras(model: PeftModel, adapter: str) -> Iterator[None]:
+    """
+    Run the layers with the LoRA `adapter`, which must not change in the block, as one product each. The frozen weights
+    are not touched: the sums stand beside them. Only for float32, where a sum loses nothing of a small LoRA.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FusedLoraLinear) and m._is_plain() and adapter in m.lora_A]
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            if weight.dtype == a.dtype == torch.float32:
+                layer.folded = torch.addmm(weight.detach(), b.detach(), a.detach(), alpha=layer.scaling[adapter])
+        yield
+    finally:
+        for layer in layers:
+            layer.folded = None

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 
-from fedbiot_trainer.fused_lora import FusedLoraLinear, _FusedLora, fuse_loras
+from fedbiot_trainer.fused_lora import FusedLoraLinear, _FusedLora, folded_loras, fuse_loras
 
 
 def make_pair(dtype=torch.float32, frozen=False, **settings):
@@ -102,3 +102,33 @@ def test_where_it_does_not_apply_the_forward_is_pefts(batch, fused_calls, change
         logits.append(model(**batch).logits)
     assert torch.equal(*logits)
     assert fused_calls == []
+
+
+def test_folded_lora_computes_the_same(batch, fused_calls):
+    _, model = make_pair(use_rslora=True)
+    model.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def forward_and_backward():
+        states = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        logits = model(inputs_embeds=states, attention_mask=batch["attention_mask"]).logits
+        return logits, torch.autograd.grad(logits.square().sum(), states)[0]
+
+    expected = forward_and_backward()
+    fused_calls.clear()
+    with folded_loras(model, "default"):
+        results = forward_and_backward()
+    assert fused_calls == []
+    for ours, theirs in zip(results, expected, strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    forward_and_backward()
+    assert len(fused_calls) == 8 * 7
+
+
+def test_bf16_weights_are_not_folded(batch):
+    _, model = make_pair(torch.bfloat16)
+    expected = model(**batch).logits
+    with folded_loras(model, "default"):
+        assert all(layer.folded is None for layer in model.modules() if isinstance(layer, FusedLoraLinear))
+        assert torch.equal(model(**batch).logits, expected)

@@ -1,5 +1,6 @@
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from fedbiot_trainer import (
     EmulatorPackage,
     FedBiOTConfig,
     FederatedServer,
+    alignment,
 )
+from fedbiot_trainer.fused_lora import folded_loras
 from fedbiot_trainer.lora import get_lora_state, lora_factors, set_lora_state, set_trainable_lora
 from fedbiot_trainer.losses import hidden_state_loss
 from fedbiot_trainer.teacher import run_full_model
@@ -279,6 +282,30 @@ def test_teacher_is_the_full_model_with_the_current_client_lora(make_alignment, 
     assert torch.equal(states.entering, after.entering)
     assert not torch.allclose(states.last, after.last, atol=1e-2)
     assert trainer.compute_loss(trainer.model.eval(), dict(batch)) != before
+
+
+@pytest.mark.parametrize(("teacher", "num_models"), [("cached", 1), ("online", 2)])
+def test_alignment_with_a_folded_client_lora(make_alignment, monkeypatch, teacher, num_models):
+    def train(fold):
+        models = []
+        monkeypatch.setattr(alignment, "folded_loras", lambda *args: models.append(args) or fold(*args))
+        torch.manual_seed(0)
+        trainer = make_alignment(teacher=teacher)
+        state = get_lora_state(trainer.model, "client")
+        state = {
+            key: torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) / 10 for key, t in state.items()
+        }
+        set_lora_state(trainer.model, "client", state)
+        trainer.split_model.plug_in(state)
+        trainer.train()
+        assert len(models) == num_models
+        return trainer.step_metrics, get_lora_state(trainer.model, "emulator")
+
+    (metrics, lora), (expected_metrics, expected) = train(folded_loras), train(lambda *args: nullcontext())
+    for name, values in expected_metrics.items():
+        assert metrics[name] == pytest.approx(values, rel=1e-4)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(lora[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_nothing_to_align_when_nothing_is_dropped(make_alignment, batch):
