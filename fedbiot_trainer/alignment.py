@@ -1,7 +1,7 @@
 """The server's step: train the emulator LoRA on public text until the emulator behaves like the full model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .config import FedBiOTConfig
+from .fused_lora import folded_loras
 from .hidden_states import GB, HiddenStateStore, fill_store, store_folder, tensors_digest, texts_digest
 from .lora import CLIENT, EMULATOR, SplitModel, get_lora_state, load_lora, set_lora_state, with_rank
 from .losses import hidden_state_loss, masked_kl
 from .package import EmulatorPackage, load_model
-from .sharding import is_zero3, runnable
+from .sharding import is_zero3, runnable, shards_parameters
 from .teacher import Captured, OutputHead, capture, causal_lm, run_adapter_layers, run_full_model
 from .trainer import RoundTrainer
 
@@ -137,7 +138,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             self.args.teacher_cache_dir,
             model=tensors_digest((name, p) for name, p in tensors if "lora_" not in name),
             config={**self.split_model.full.config.to_diff_dict(), "_name_or_path": None},
-            layer=self.split_model.split.adapter_indices[0],
+            layer=self.split_model.split.top_index,
             texts=texts_digest(self._texts),
             dtype=str(self._states_dtype),
             mixed_precision=self.accelerator.mixed_precision,
@@ -185,7 +186,18 @@ class EmulatorAlignmentTrainer(RoundTrainer):
 
     def train(self, *args, **kwargs):
         self.prepare_teacher()
-        return super().train(*args, **kwargs)
+        with self.folded_client_lora():
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def folded_client_lora(self) -> Iterator[None]:
+        """Run the adapter layers without the detour of their LoRA, which alignment leaves as it is, where it can be."""
+        with ExitStack() as stack:
+            if self.accelerator.mixed_precision == "no" and not shards_parameters(self.accelerator):
+                stack.enter_context(folded_loras(self.model, CLIENT))
+                if self.args.teacher == "online":
+                    stack.enter_context(folded_loras(self.split_model.full, CLIENT))
+            yield
 
     def _teach(self, inputs: dict[str, torch.Tensor]):
         text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -202,7 +214,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         split = self.split_model.split
         with _no_dropout(model):
             teacher = self._teach(inputs)
-            with capture(self.model, split.layers_name, len(split.kept)) as student:
+            with capture(self.model, split.layers_name, split.top_position) as student:
                 # The KL divergence makes the logits that it needs, where it needs them.
                 no_logits = torch.empty(0, dtype=torch.long, device=mask.device)
                 outputs = model(**text, use_cache=False, logits_to_keep=no_logits)
@@ -246,7 +258,14 @@ def split_model(
     """Split `model` as `args` says."""
     if args.emulator_lora_r is not None:
         emulator_peft_config = with_rank(emulator_peft_config or peft_config, args.emulator_lora_r)
-    return SplitModel(model, args.num_adapter_layers, args.emulator_drop_ratio, peft_config, emulator_peft_config)
+    return SplitModel(
+        model,
+        args.num_adapter_layers,
+        args.emulator_drop_ratio,
+        peft_config,
+        emulator_peft_config,
+        args.num_adapter_layers_bottom,
+    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 PARTITIONS = ("iid", "dirichlet", "by-column")
 TEACHERS = ("cached", "online")
+ALL_LAYERS = -1
 
 
 @dataclass
@@ -24,7 +25,11 @@ class FedBiOTConfig(SFTConfig):
         > Parameters that control the split
 
         num_adapter_layers (`int`, *optional*, defaults to `2`):
-            Decoder layers nearest to the output that the clients train a LoRA on (the adapter layers).
+            Decoder layers nearest to the output that the clients train a LoRA on (the adapter layers). -1 for all
+            layers: no emulator, every client holds the full model.
+        num_adapter_layers_bottom (`int`, *optional*, defaults to `0`):
+            Decoder layers nearest to the input that they train a LoRA on as well, as offsite-tuning does. A client's
+            backward pass goes through the whole emulator then, and the teacher has to run online.
         emulator_drop_ratio (`float`, *optional*, defaults to `0.5`):
             Share of the layers below the adapter layers that the emulator leaves out, in `[0, 1)` (the paper's beta,
             0.2 and 0.5 there).
@@ -62,9 +67,10 @@ class FedBiOTConfig(SFTConfig):
             Steps over which the emulator LoRA's learning rate rises, at the start of the initial alignment.
         alignment_batch_size (`int`, *optional*, defaults to `8`):
             Public examples per alignment step and device.
-        teacher (`str`, *optional*, defaults to `"cached"`):
+        teacher (`str`, *optional*):
             `"cached"`: what the full model makes of the public text below the adapter layers is computed once and kept
-            on disk, for this run and later ones. `"online"`: the full model runs in every alignment step.
+            on disk, for this run and later ones. `"online"`: the full model runs in every alignment step. `None` takes
+            `"cached"` unless there are adapter layers at the bottom.
         teacher_cache_dir (`str`, *optional*):
             Folder for it. Defaults to `fedbiot/hidden_states` in the Hugging Face cache.
         teacher_cache_max_gb (`float`, *optional*, defaults to `100.0`):
@@ -116,7 +122,11 @@ class FedBiOTConfig(SFTConfig):
 
     # Split
     num_adapter_layers: int = field(
-        default=2, metadata={"help": "Decoder layers nearest to the output that the clients train a LoRA on."}
+        default=2,
+        metadata={"help": "Decoder layers nearest to the output that the clients train a LoRA on. -1: all layers."},
+    )
+    num_adapter_layers_bottom: int = field(
+        default=0, metadata={"help": "Decoder layers nearest to the input that they train a LoRA on as well."}
     )
     emulator_drop_ratio: float = field(
         default=0.5,
@@ -159,11 +169,11 @@ class FedBiOTConfig(SFTConfig):
         default=0, metadata={"help": "Steps over which it rises, at the start of the initial alignment."}
     )
     alignment_batch_size: int = field(default=8, metadata={"help": "Public examples per alignment step and device."})
-    teacher: str = field(
-        default="cached",
+    teacher: str | None = field(
+        default=None,
         metadata={
             "help": "Compute the full model's hidden states of the public text once and keep them on disk (cached), or "
-            "in every alignment step (online).",
+            "in every alignment step (online). Cached by default, where there are no adapter layers at the bottom.",
             "choices": list(TEACHERS),
         },
     )
@@ -205,35 +215,29 @@ class FedBiOTConfig(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.teacher is None:
+            self.teacher = "online" if self.num_adapter_layers_bottom > 0 else "cached"
         self._check_ranges()
+        self._check_split()
         self._check_training_arguments()
         super().__post_init__()
 
     def _check_ranges(self):
-        if not 0 <= self.emulator_drop_ratio < 1:
-            raise ValueError(
-                f"`emulator_drop_ratio` is {self.emulator_drop_ratio}, but it is the share of layers to drop and must "
-                "be in [0, 1). The paper uses 0.2 and 0.5; 0 keeps the full model."
-            )
         if not 0 < self.fraction_train <= 1:
             raise ValueError(
                 f"`fraction_train` is {self.fraction_train}, but a share of clients must be in (0, 1]. "
                 "1.0 trains every client in every round."
             )
-        for name in ("num_adapter_layers", "num_rounds", "local_steps", "num_clients", "alignment_batch_size"):
+        for name in ("num_rounds", "local_steps", "num_clients", "alignment_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be at least 1.")
-        if self.emulator_lora_r is not None and self.emulator_lora_r < 1:
-            raise ValueError(
-                f"`emulator_lora_r` is {self.emulator_lora_r}, but a rank must be at least 1. Leave it out to take the "
-                "client LoRA's rank."
-            )
         non_negative = (
             "proximal_weight",
             "alignment_kl_weight",
             "initial_alignment_steps",
             "alignment_steps",
             "alignment_warmup_steps",
+            "num_adapter_layers_bottom",
         )
         for name in (*non_negative, "eval_rounds"):
             if getattr(self, name) < 0:
@@ -241,19 +245,46 @@ class FedBiOTConfig(SFTConfig):
         for name in ("alignment_learning_rate", "dirichlet_alpha", "eval_max_new_tokens", "teacher_cache_max_gb"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be positive.")
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"`teacher` is '{self.teacher}', but it must be one of {', '.join(TEACHERS)}.")
-        if self.offload_full_model and self.teacher == "online":
-            raise ValueError(
-                "`offload_full_model` is True, but an online teacher runs the full model in every alignment step. Use "
-                "`teacher='cached'`."
-            )
         if self.partition not in PARTITIONS:
             raise ValueError(f"`partition` is '{self.partition}', but it must be one of {', '.join(PARTITIONS)}.")
         if self.partition != "iid" and self.partition_column is None:
             raise ValueError(
                 f"`partition` is '{self.partition}', which groups examples by a column, but `partition_column` is not "
                 "set. Name the column, or use `partition='iid'`."
+            )
+
+    def _check_split(self):
+        if not 0 <= self.emulator_drop_ratio < 1:
+            raise ValueError(
+                f"`emulator_drop_ratio` is {self.emulator_drop_ratio}, but it is the share of layers to drop and must "
+                "be in [0, 1). The paper uses 0.2 and 0.5; 0 keeps the full model."
+            )
+        if self.num_adapter_layers < 1 and self.num_adapter_layers != ALL_LAYERS:
+            raise ValueError(
+                f"`num_adapter_layers` is {self.num_adapter_layers}, but it must be at least 1, or -1 for all layers."
+            )
+        if self.num_adapter_layers == ALL_LAYERS and self.num_adapter_layers_bottom:
+            raise ValueError(
+                f"`num_adapter_layers_bottom` is {self.num_adapter_layers_bottom}, but `num_adapter_layers` is -1, which "
+                "takes all layers. Leave one of them out."
+            )
+        if self.emulator_lora_r is not None and self.emulator_lora_r < 1:
+            raise ValueError(
+                f"`emulator_lora_r` is {self.emulator_lora_r}, but a rank must be at least 1. Leave it out to take the "
+                "client LoRA's rank."
+            )
+        if self.teacher not in TEACHERS:
+            raise ValueError(f"`teacher` is '{self.teacher}', but it must be one of {', '.join(TEACHERS)}.")
+        if self.teacher == "cached" and self.num_adapter_layers_bottom > 0:
+            raise ValueError(
+                f"`teacher` is 'cached', but `num_adapter_layers_bottom` is {self.num_adapter_layers_bottom}: what the "
+                "full model makes of the public text changes with the adapter layers at the bottom, so it cannot be "
+                "computed once. Use `teacher='online'`."
+            )
+        if self.offload_full_model and self.teacher == "online":
+            raise ValueError(
+                "`offload_full_model` is True, but an online teacher runs the full model in every alignment step. Use "
+                "`teacher='cached'`."
             )
 
     def _check_training_arguments(self):

@@ -9,7 +9,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,22 +36,34 @@ class EmulatorSplit:
         num_layers (`int`): Decoder layers of the full model.
         num_adapter_layers (`int`): Layers nearest to the output that clients train.
         kept (`tuple[int, ...]`): Indices in the full model of the layers that the emulator keeps.
+        num_adapter_layers_bottom (`int`, *optional*, defaults to `0`): Layers nearest to the input that clients train.
     """
 
     layers_name: str
     num_layers: int
     num_adapter_layers: int
     kept: tuple[int, ...]
+    num_adapter_layers_bottom: int = 0
+
+    @property
+    def top_index(self) -> int:
+        """Index in the full model of the first adapter layer above the emulator."""
+        return self.num_layers - self.num_adapter_layers
+
+    @property
+    def top_position(self) -> int:
+        """Position of that layer in emulator + adapter layers."""
+        return self.num_adapter_layers_bottom + len(self.kept)
 
     @property
     def adapter_indices(self) -> tuple[int, ...]:
         """Indices of the adapter layers in the full model."""
-        return tuple(range(self.num_layers - self.num_adapter_layers, self.num_layers))
+        return (*range(self.num_adapter_layers_bottom), *range(self.top_index, self.num_layers))
 
     @property
     def full_indices(self) -> tuple[int, ...]:
         """Full-model index of each layer of emulator + adapter layers, in order."""
-        return self.kept + self.adapter_indices
+        return tuple(sorted(self.kept + self.adapter_indices))
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -61,12 +73,16 @@ class EmulatorSplit:
     @property
     def emulator_positions(self) -> tuple[int, ...]:
         """Positions of the emulator's layers in emulator + adapter layers."""
-        return tuple(range(len(self.kept)))
+        return tuple(range(self.num_adapter_layers_bottom, self.top_position))
 
     @property
     def adapter_positions(self) -> tuple[int, ...]:
         """Positions of the adapter layers in emulator + adapter layers."""
-        return tuple(range(len(self.kept), len(self.full_indices)))
+        return (*range(self.num_adapter_layers_bottom), *range(self.top_position, len(self.full_indices)))
+
+    def without_drops(self) -> "EmulatorSplit":
+        """The same split with all layers of the full emulator kept."""
+        return replace(self, kept=tuple(range(self.num_adapter_layers_bottom, self.top_index)))
 
     def to_full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename layer positions in a state dict's keys to the full model's layer indices (plug in)."""
@@ -136,22 +152,32 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
-def split_layers(model: PreTrainedModel, num_adapter_layers: int, drop_ratio: float) -> EmulatorSplit:
+def split_layers(model: PreTrainedModel, num_adapter_layers: int, drop_ratio: float, bottom: int = 0) -> EmulatorSplit:
     """
     Decide the split of `model`.
+
+    Args:
+        model (`PreTrainedModel`): The full model.
+        num_adapter_layers (`int`): Layers nearest to the output that clients train; -1 for all layers of the model.
+        drop_ratio (`float`): Share of the layers between the adapter layers to drop, in `[0, 1)`.
+        bottom (`int`, *optional*, defaults to `0`): Layers nearest to the input that clients train.
 
     Raises:
         ValueError: If the adapter layers leave no layer for the emulator, or the model cannot be split.
     """
     name, layers = find_decoder_layers(model)
-    num_emulator_layers = len(layers) - num_adapter_layers
+    if num_adapter_layers == -1:
+        return EmulatorSplit(name, len(layers), len(layers), ())
+    num_emulator_layers = len(layers) - num_adapter_layers - bottom
     if num_emulator_layers < 1:
+        and_bottom = f" and `num_adapter_layers_bottom` is {bottom}" if bottom else ""
         raise ValueError(
-            f"`num_adapter_layers` is {num_adapter_layers}, but {type(model).__name__} has {len(layers)} decoder layers, "
-            f"so none is left for the emulator. Use at most {len(layers) - 1}."
+            f"`num_adapter_layers` is {num_adapter_layers}{and_bottom}, but {type(model).__name__} has {len(layers)} "
+            f"decoder layers, so none is left for the emulator. Use at most {len(layers) - 1}"
+            f"{' together' if bottom else ''}, or `num_adapter_layers=-1` to train a LoRA on all of them."
         )
-    kept = kept_layer_indices(num_emulator_layers, drop_ratio)
-    return EmulatorSplit(name, len(layers), num_adapter_layers, kept)
+    kept = tuple(bottom + index for index in kept_layer_indices(num_emulator_layers, drop_ratio))
+    return EmulatorSplit(name, len(layers), num_adapter_layers, kept, bottom)
 
 
 def build_emulator(model: PreTrainedModel, split: EmulatorSplit) -> PreTrainedModel:

@@ -47,28 +47,28 @@ class SplitModel:
         emulator_drop_ratio: float,
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
+        num_adapter_layers_bottom: int = 0,
     ):
         _refuse_unsavable(model)
-        self.split = split_layers(model, num_adapter_layers, emulator_drop_ratio)
+        self.split = split_layers(model, num_adapter_layers, emulator_drop_ratio, num_adapter_layers_bottom)
         peft_config = peft_config or LoraConfig(**DEFAULT_LORA)
         client_config = resolve_peft_config(peft_config, model, self.split, self.split.adapter_indices)
-        emulator_config = resolve_peft_config(emulator_peft_config or peft_config, model, self.split, self.split.kept)
+        emulator_config = None
+        if self.split.kept:
+            emulator_config = emulator_peft_config or peft_config
+            emulator_config = resolve_peft_config(emulator_config, model, self.split, self.split.kept)
+            # Alignment is a regression on fixed targets, and clients run the emulator LoRA frozen: no dropout in either.
+            positions = self.split.emulator_positions
+            emulator_config = place_lora(emulator_config, self.split, positions, lora_dropout=0.0)
         self.package_model = build_emulator(model, self.split)
         self.emulator = add_loras(
             build_emulator(model, self.split),
             place_lora(client_config, self.split, self.split.adapter_positions),
-            # Alignment is a regression on fixed targets, and clients run the emulator LoRA frozen: no dropout in either.
-            place_lora(emulator_config, self.split, self.split.emulator_positions, lora_dropout=0.0),
-        )
-        whole = EmulatorSplit(
-            self.split.layers_name,
-            self.split.num_layers,
-            num_adapter_layers,
-            tuple(range(self.split.num_layers - num_adapter_layers)),
+            emulator_config,
         )
         self.full = fuse_loras(
             get_peft_model(
-                build_emulator(model, whole),
+                build_emulator(model, self.split.without_drops()),
                 place_lora(client_config, self.split, self.split.adapter_indices),
                 adapter_name=CLIENT,
             )
@@ -232,11 +232,12 @@ def place_lora(config: LoraConfig, split: EmulatorSplit, layers: tuple[int, ...]
     return config
 
 
-def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_config: LoraConfig) -> PeftModel:
-    """Both LoRAs on one model, both active, neither trainable."""
+def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_config: LoraConfig | None) -> PeftModel:
+    """Both LoRAs on one model, both active, neither trainable. Where all layers are adapter layers there is only one."""
     model = get_peft_model(emulator, client_config, adapter_name=CLIENT)
-    model.add_adapter(EMULATOR, emulator_config)
-    model.base_model.set_adapter([CLIENT, EMULATOR])
+    if emulator_config is not None:
+        model.add_adapter(EMULATOR, emulator_config)
+        model.base_model.set_adapter([CLIENT, EMULATOR])
     model.requires_grad_(False)
     return fuse_loras(model)
 

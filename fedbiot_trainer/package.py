@@ -44,16 +44,19 @@ class EmulatorPackage:
     Attributes:
         model (`PreTrainedModel`): Emulator + adapter layers. No dropped layer is in it.
         num_adapter_layers (`int`): Layers nearest to the output that clients train.
-        client_config, emulator_config ([`~peft.LoraConfig`]): Where the two LoRAs go.
+        client_config, emulator_config ([`~peft.LoraConfig`]):
+            Where the two LoRAs go. The second is `None` if all layers are adapter layers.
         client_lora, emulator_lora (`dict[str, torch.Tensor]`): Their tensors.
+        num_adapter_layers_bottom (`int`, *optional*, defaults to `0`): Layers nearest to the input that clients train.
     """
 
     model: PreTrainedModel
     num_adapter_layers: int
     client_config: LoraConfig
-    emulator_config: LoraConfig
+    emulator_config: LoraConfig | None
     client_lora: LoraState
     emulator_lora: LoraState
+    num_adapter_layers_bottom: int = 0
 
     @classmethod
     def of(cls, split_model: SplitModel, client_lora: LoraState, emulator_lora: LoraState) -> "EmulatorPackage":
@@ -62,9 +65,10 @@ class EmulatorPackage:
             split_model.package_model,
             split_model.split.num_adapter_layers,
             split_model.emulator.peft_config[CLIENT],
-            split_model.emulator.peft_config[EMULATOR],
+            split_model.emulator.peft_config.get(EMULATOR),
             client_lora,
             emulator_lora,
+            split_model.split.num_adapter_layers_bottom,
         )
 
     def save(self, folder: str | Path, processing_class: PreTrainedTokenizerBase | None = None) -> int:
@@ -85,6 +89,7 @@ class EmulatorPackage:
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         manifest = {"schema_version": SCHEMA_VERSION, "num_adapter_layers": self.num_adapter_layers}
+        manifest |= {"num_adapter_layers_bottom": self.num_adapter_layers_bottom}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         self.save_loras(folder)
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -92,7 +97,8 @@ class EmulatorPackage:
     def save_loras(self, folder: str | Path):
         """Write only the two PEFT folders, into a package that exists."""
         save_lora(Path(folder) / "client_lora", self.client_config, self.client_lora, base_model=None)
-        save_lora(Path(folder) / "emulator_lora", self.emulator_config, self.emulator_lora, base_model=None)
+        if self.emulator_config is not None:
+            save_lora(Path(folder) / "emulator_lora", self.emulator_config, self.emulator_lora, base_model=None)
 
     @classmethod
     def load(cls, folder: str | Path, **model_init_kwargs) -> "EmulatorPackage":
@@ -121,8 +127,18 @@ class EmulatorPackage:
             )
         model = load_model(folder, **model_init_kwargs)
         client_config, client_lora = load_lora(folder / "client_lora")
-        emulator_config, emulator_lora = load_lora(folder / "emulator_lora")
-        return cls(model, manifest["num_adapter_layers"], client_config, emulator_config, client_lora, emulator_lora)
+        emulator_config, emulator_lora = None, {}
+        if (folder / "emulator_lora").is_dir():
+            emulator_config, emulator_lora = load_lora(folder / "emulator_lora")
+        return cls(
+            model,
+            manifest["num_adapter_layers"],
+            client_config,
+            emulator_config,
+            client_lora,
+            emulator_lora,
+            manifest.get("num_adapter_layers_bottom", 0),
+        )
 
     def peft_model(self) -> PeftModel:
         """The model with both LoRAs on it, loaded and active. `self.model` is changed in place, as PEFT does."""

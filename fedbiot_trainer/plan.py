@@ -35,8 +35,9 @@ from .teacher import capture, causal_lm, run_adapter_layers, run_full_model
 
 COLUMNS = {"fedbiot": "client (FedBiOT)", "full_lora": "full-model LoRA", "full_finetuning": "full fine-tuning"}
 COLUMNS |= {"cached": "teacher cached", "online": "teacher online"}
-SETTINGS = ("num_adapter_layers", "emulator_drop_ratio", "emulator_lora_r", "num_clients", "local_steps", "max_length")
-SETTINGS += ("per_device_train_batch_size", "alignment_batch_size", "alignment_steps")
+SETTINGS = ("num_adapter_layers", "num_adapter_layers_bottom", "emulator_drop_ratio", "emulator_lora_r")
+SETTINGS += ("num_clients", "local_steps", "max_length", "per_device_train_batch_size")
+SETTINGS += ("alignment_batch_size", "alignment_steps")
 MORE_FLOPS = {torch.ops.aten.addmm_: lambda output, a, b, **kwargs: 2 * math.prod(a) * b[-1]}  # torch forgets it
 
 
@@ -69,7 +70,7 @@ def plan(
           parameter, in its dtype: a LoRA's is float32), `activation_memory` (kept for the backward pass of one
           micro-batch) and their sum `total_memory` in bytes, `flops_per_step`, `flops_per_round`, `bytes_once` (the
           emulator package or the full model), `bytes_per_round_down` and `bytes_per_round_up`.
-        - `"server"`, of alignment with a `"cached"` or an `"online"` teacher: `student_flops`, `teacher_flops`,
+        - `"server"`, of alignment with a `"cached"` (if that can be) or an `"online"` teacher: `student_flops`, `teacher_flops`,
           `flops_per_step`, `flops_per_round`; at most, `store_bytes` of hidden states in the model's dtype and
           `flops_to_store` them; the bytes of all clients.
 
@@ -210,9 +211,11 @@ def _client_costs(model: PreTrainedModel | PeftModel, args: FedBiOTConfig) -> di
 def _alignment_costs(models: lora.SplitModel, args: FedBiOTConfig, public_examples: int) -> dict[str, dict[str, int]]:
     batch, with_kl = _batch(args.alignment_batch_size, args.max_length), args.alignment_kl_weight > 0
     emulator, split = models.emulator.eval(), models.split
+    if not split.kept:
+        return {}
     lora.set_trainable_lora(emulator, lora.EMULATOR)
     base, head = causal_lm(emulator), emulator.get_output_embeddings()
-    with capture(emulator, split.layers_name, len(split.kept)) as seen:
+    with capture(emulator, split.layers_name, split.top_position) as seen:
 
         def step():
             base.base_model(**batch, use_cache=False)
@@ -221,7 +224,8 @@ def _alignment_costs(models: lora.SplitModel, args: FedBiOTConfig, public_exampl
         student = _count_flops(step)
         whole = _count_flops(lambda: run_full_model(models, batch))
         logits = _count_flops(lambda: head(seen.last)) if with_kl else 0
-        adapter_layers = _count_flops(lambda: run_adapter_layers(models, batch, seen.entering)) if with_kl else 0
+        cached = with_kl and not split.num_adapter_layers_bottom
+        adapter_layers = _count_flops(lambda: run_adapter_layers(models, batch, seen.entering)) if cached else 0
     # An emulator that drops nothing is not aligned.
     round_steps, first_steps = (args.alignment_steps, args.initial_alignment_steps) if split.dropped else (0, 0)
     stored = min(public_examples, (first_steps + args.num_rounds * round_steps) * args.alignment_batch_size)
@@ -236,13 +240,15 @@ def _alignment_costs(models: lora.SplitModel, args: FedBiOTConfig, public_exampl
             "flops_to_store": examples * whole // args.alignment_batch_size,
         }
         for name, teacher, examples in (("cached", adapter_layers, stored), ("online", whole, 0))
+        if name == "online" or not split.num_adapter_layers_bottom
     }
 
 
 def plan_tables(plan: dict[str, dict]) -> list[Table]:
     """What [`plan`] returned, as two tables: one client, and the server."""
     model, settings = plan["model"], plan["settings"]
-    layers = f"{len(model['kept'])} + {model['num_adapter_layers']} of {model['num_layers']} layers"
+    adapter_layers = model["num_adapter_layers"] + model["num_adapter_layers_bottom"]
+    layers = f"{len(model['kept'])} + {adapter_layers} of {model['num_layers']} layers"
     titles = {
         "clients": f"One client: {layers} of {model['architecture']} in {model['dtype']}, "
         "{local_steps} x {per_device_train_batch_size}",
@@ -250,6 +256,8 @@ def plan_tables(plan: dict[str, dict]) -> list[Table]:
     }
     tables = []
     for part, title in titles.items():
+        if not plan[part]:  # all layers are adapter layers: nothing to align
+            continue
         columns = [Column(COLUMNS[name], justify="right") for name in plan[part]]
         title = title.format(**settings) + f" x {settings['max_length']:,} tokens a round"
         tables.append(Table("", *columns, title=title, title_justify="left", show_edge=False))

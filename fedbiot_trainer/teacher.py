@@ -115,7 +115,7 @@ class OutputHead:
 def run_full_model(models: SplitModel, inputs: dict[str, torch.Tensor]) -> Captured:
     """The hidden states of the full model, with the client LoRA in it, for `input_ids` and `attention_mask`."""
     full, split = models.full, models.split
-    with capture(full, split.layers_name, split.adapter_indices[0]) as captured:
+    with capture(full, split.layers_name, split.top_index) as captured:
         causal_lm(full).base_model(**inputs, use_cache=False)
     return captured
 
@@ -132,10 +132,9 @@ def run_adapter_layers(models: SplitModel, inputs: dict[str, torch.Tensor], stat
             hidden_size)`.
     """
     emulator, split = models.emulator, models.split
-    first = len(split.kept)
     with (
-        entering_at(emulator, split.layers_name, first, states),
-        capture(emulator, split.layers_name, first) as captured,
+        entering_at(emulator, split.layers_name, split.top_position, states),
+        capture(emulator, split.layers_name, split.top_position) as captured,
     ):
         if isinstance(emulator, FSDPModule):  # must see the forward pass of the whole model; no logits are wanted
             emulator(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=states.device))
