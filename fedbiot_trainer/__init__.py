@@ -19,6 +19,7 @@ huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = os.environ["HF_HUB_DISABLE_
 from .alignment import EmulatorAlignmentTrainer  # noqa: E402
 from .client import ClientSFTTrainer, FederatedClient  # noqa: E402
 from .config import FedBiOTConfig  # noqa: E402
+from .methods import METHODS, run_method  # noqa: E402
 from .package import EmulatorPackage  # noqa: E402
 from .partition import partition_dataset  # noqa: E402
 from .payload import ClientUpdate, PayloadError, RoundStart  # noqa: E402
@@ -29,6 +30,7 @@ from .server import FederatedServer  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "ClientSFTTrainer",
     "ClientUpdate",
     "EmulatorAlignmentTrainer",
@@ -40,4 +42,5 @@ __all__ = [
     "PayloadError",
     "RoundStart",
     "partition_dataset",
+    "run_method",
 ]

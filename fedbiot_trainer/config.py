@@ -1,6 +1,7 @@
 """Every knob of a federated run, on top of TRL's `SFTConfig`."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +40,7 @@ class FedBiOTConfig(SFTConfig):
         > Parameters that control the federation
 
         num_rounds (`int`, *optional*, defaults to `500`):
-            Number of rounds.
+            Number of rounds. 0 only evaluates, after the initial alignment.
         local_steps (`int`, *optional*, defaults to `30`):
             Optimizer steps of each sampled client in a round.
         fraction_train (`float`, *optional*, defaults to `1.0`):
@@ -100,6 +101,9 @@ class FedBiOTConfig(SFTConfig):
             (prompt-completion form) and counts completions that are equal to the reference.
         eval_max_new_tokens (`int`, *optional*, defaults to `64`):
             Tokens to generate at most per prompt for `eval_exact_match`.
+        eval_drift (`bool`, *optional*, defaults to `False`):
+            Whether evaluations also measure how far the emulator is from the full model on the evaluation set: the two
+            terms of the alignment loss, as `drift_l2` and `drift_kl` in `rounds.jsonl`.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the files that an earlier run left in `output_dir`. If `False`, such a folder is refused.
 
@@ -137,7 +141,7 @@ class FedBiOTConfig(SFTConfig):
     )
 
     # Federation
-    num_rounds: int = field(default=500, metadata={"help": "Number of rounds."})
+    num_rounds: int = field(default=500, metadata={"help": "Number of rounds. 0 only evaluates."})
     local_steps: int = field(default=30, metadata={"help": "Optimizer steps of each sampled client in a round."})
     fraction_train: float = field(
         default=1.0, metadata={"help": "Share of the clients sampled in a round, in (0, 1]."}
@@ -208,6 +212,10 @@ class FedBiOTConfig(SFTConfig):
         metadata={"help": "Generate greedily at the end and count completions equal to the reference."},
     )
     eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens to generate at most per prompt."})
+    eval_drift: bool = field(
+        default=False,
+        metadata={"help": "Measure how far the emulator is from the full model on the evaluation set, too."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir instead of refusing it."}
     )
@@ -228,7 +236,7 @@ class FedBiOTConfig(SFTConfig):
                 f"`fraction_train` is {self.fraction_train}, but a share of clients must be in (0, 1]. "
                 "1.0 trains every client in every round."
             )
-        for name in ("num_rounds", "local_steps", "num_clients", "alignment_batch_size"):
+        for name in ("local_steps", "num_clients", "alignment_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be at least 1.")
         non_negative = (
@@ -238,6 +246,7 @@ class FedBiOTConfig(SFTConfig):
             "alignment_steps",
             "alignment_warmup_steps",
             "num_adapter_layers_bottom",
+            "num_rounds",
         )
         for name in (*non_negative, "eval_rounds"):
             if getattr(self, name) < 0:
@@ -320,6 +329,10 @@ class FedBiOTConfig(SFTConfig):
     def aligns(self) -> bool:
         """Whether any alignment step is taken in the run."""
         return self.initial_alignment_steps > 0 or self.alignment_steps > 0
+
+    def num_sampled(self, num_clients: int) -> int:
+        """Clients in a round, of `num_clients`."""
+        return max(1, math.floor(self.fraction_train * num_clients + 0.5))
 
     def client_arguments(self) -> "FedBiOTConfig":
         """A copy for one client's local steps: `max_steps` is `local_steps`."""

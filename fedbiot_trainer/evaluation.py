@@ -8,7 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .lora import SplitModel
+from .losses import hidden_state_loss, masked_kl
 from .sharding import deal, runnable, shards_parameters
+from .teacher import OutputHead, capture, causal_lm, run_full_model
 from .trainer import RoundTrainer
 
 
@@ -30,6 +32,11 @@ class Evaluator:
         self.args = trainer.args
         if self.args.eval_exact_match:
             _check_generation_columns(dataset)
+        if self.args.eval_drift and shards_parameters(trainer.accelerator):
+            raise ValueError(
+                "`eval_drift` is True, but it runs the emulator and the full model side by side, which is not implemented "
+                "under DeepSpeed ZeRO-3 and FSDP2. Leave it out, or use DDP or ZeRO-2."
+            )
         self.models, self.dataset = models, dataset
         self.processing_class = trainer.processing_class
         self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)
@@ -50,6 +57,31 @@ class Evaluator:
         adap_emu = self._evaluate(self.models.emulator, generate)
         with self.models.whole_on(self.args.device):
             return {"adap_emu": adap_emu, "adap_fu": self._evaluate(self.models.full, generate)}
+
+    @torch.no_grad()
+    def drift(self) -> dict[str, float]:
+        """
+        How far the emulator is from the full model on this text, as of now.
+
+        Returns:
+            `dict[str, float]`: `drift_l2` and `drift_kl`, the two terms of the alignment loss: means over all tokens.
+        """
+        models, split, totals = self.models, self.models.split, torch.zeros(3, dtype=torch.float64)
+        head, emulator = OutputHead(causal_lm(models.full)), models.emulator.eval()
+        batches = _batches(self.tokens["input_ids"], self.args.per_device_eval_batch_size)
+        with models.whole_on(self.args.device), self.accelerator.autocast(), head.whole() as logits:
+            for rows, counts in deal(batches, self.accelerator):
+                batch = self.data_collator([self.tokens[i] for i in rows])
+                text = {key: batch[key].to(self.accelerator.device) for key in ("input_ids", "attention_mask")}
+                teacher, mask = run_full_model(models, text), text["attention_mask"]
+                with capture(emulator, split.layers_name, split.top_position) as student:
+                    causal_lm(emulator).base_model(**text, use_cache=False)
+                if counts:
+                    l2 = hidden_state_loss(student.entering, teacher.entering, mask).item()
+                    kl = masked_kl(student.last, teacher.last, mask, logits).item()
+                    totals += torch.tensor([l2, kl, mask.sum().item()])
+        l2, kl, tokens = self.accelerator.reduce(totals.to(self.accelerator.device)).tolist()
+        return {"drift_l2": l2 / tokens, "drift_kl": kl / tokens}
 
     def _evaluate(self, model, generate):
         batch_size = self.args.per_device_eval_batch_size

@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 from . import lora
 from .alignment import split_model
 from .config import FedBiOTConfig
+from .fused_lora import folded_loras
 from .losses import proximal_term
 from .payload import ClientUpdate, RoundStart
 from .report import count_parameters, format_bytes
@@ -103,7 +104,7 @@ def plan(
     states = [{key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()} for state in states]
     down, up = len(RoundStart(0, *states).to_bytes()), len(ClientUpdate(0, "", 1, {}, states[0]).to_bytes())
     once, lora_bytes = package_weights + down, full_lora["weight_memory"] - weights
-    num_clients = max(1, math.floor(args.fraction_train * args.num_clients + 0.5))
+    num_clients = args.num_sampled(args.num_clients)
     fedbiot |= {"bytes_once": once, "bytes_per_round_down": down, "bytes_per_round_up": up}
     full_lora |= {"bytes_once": weights, "bytes_per_round_down": lora_bytes, "bytes_per_round_up": lora_bytes}
     full_finetuning |= {"bytes_once": 0, "bytes_per_round_down": weights, "bytes_per_round_up": weights}
@@ -215,7 +216,11 @@ def _alignment_costs(models: lora.SplitModel, args: FedBiOTConfig, public_exampl
         return {}
     lora.set_trainable_lora(emulator, lora.EMULATOR)
     base, head = causal_lm(emulator), emulator.get_output_embeddings()
-    with capture(emulator, split.layers_name, split.top_position) as seen:
+    with (
+        folded_loras(emulator, lora.CLIENT),
+        folded_loras(models.full, lora.CLIENT),
+        capture(emulator, split.layers_name, split.top_position) as seen,
+    ):
 
         def step():
             base.base_model(**batch, use_cache=False)

@@ -1,8 +1,10 @@
 """Tables at the start and the end of a run, and the figure of its rounds."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
+from datasets import Dataset
 from rich.table import Table
 
 from .lora import SplitModel
@@ -41,6 +43,11 @@ def count_parameters(model: SplitModel) -> dict[str, float]:
         "trainable_server": lora["emulator"],
         "client_share": emulator / full,
     }
+
+
+def mean_length(texts: Iterable[Dataset]) -> float:
+    """Mean number of tokens of the examples of tokenized datasets."""
+    return mean(len(ids) for text in texts for ids in text["input_ids"])
 
 
 def _numel(parameter):

@@ -1,6 +1,5 @@
 """The round loop in one process: server -> payload -> client -> payload -> server."""
 
-import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from .evaluation import Evaluator
 from .package import load_model
 from .partition import name_client_datasets
 from .payload import PayloadError
-from .report import count_parameters, result_lines, result_table, split_table
+from .report import count_parameters, mean_length, result_lines, result_table, split_table
 from .run_folder import RunFolder
 from .server import FederatedServer
 from .trainer import frozen_garbage
@@ -168,12 +167,12 @@ class FederatedRunner:
         parameters = count_parameters(self.server.split_model)
         with no_progress_bars():
             bytes_once = self.folder.write_package(self.server)
+        num_sampled = args.num_sampled(len(self.clients))
         if args.process_index == 0:
             per_round = self.server.payload_sizes() if args.use_wire_format else None
-            table = split_table(self.server.split_model, parameters, bytes_once, per_round, self._num_sampled())
-            self.console.print(table)
+            self.console.print(split_table(self.server.split_model, parameters, bytes_once, per_round, num_sampled))
 
-        total_steps = args.num_rounds * self._num_sampled() * args.local_steps
+        total_steps = args.num_rounds * num_sampled * args.local_steps
         if self.server.trainer is not None:
             total_steps += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
         with (
@@ -195,6 +194,10 @@ class FederatedRunner:
             **self.folder.summarize(self.server, results, bytes_once, time.perf_counter() - started),
             "parameters": parameters,
             "num_examples": {name: client.num_examples for name, client in self.clients.items()},
+            "tokens_per_example": {
+                "clients": mean_length(client.train_dataset for client in self.clients.values()),
+                "public": None if self.server.trainer is None else mean_length([self.server.trainer.train_dataset]),
+            },
             "initial_alignment": initial,
         }
         self.save_model()
@@ -268,7 +271,7 @@ class FederatedRunner:
             with timed(seconds, "evaluate"):
                 progress.phase(server_round, "evaluating")
                 self.server.load()
-                evaluated = self.evaluator.adapted()
+                evaluated = self.evaluator.adapted() | (self.evaluator.drift() if self.args.eval_drift else {})
         on_wire = self.args.use_wire_format
         return {
             "server_round": server_round,
@@ -277,6 +280,8 @@ class FederatedRunner:
             "adap_fu_loss": evaluated.get("adap_fu", {}).get("loss"),
             "adap_emu_token_accuracy": evaluated.get("adap_emu", {}).get("token_accuracy"),
             "adap_fu_token_accuracy": evaluated.get("adap_fu", {}).get("token_accuracy"),
+            "drift_l2": evaluated.get("drift_l2"),
+            "drift_kl": evaluated.get("drift_kl"),
             "alignment_l2": alignment.get("alignment_l2"),
             "alignment_kl": alignment.get("alignment_kl"),
             "client_losses": {name: values["loss"] for name, values in metrics.items()},
@@ -291,18 +296,15 @@ class FederatedRunner:
         due = self.args.eval_rounds > 0 and server_round % self.args.eval_rounds == 0
         return due or server_round == self.args.num_rounds
 
-    def _num_sampled(self) -> int:
-        return max(1, math.floor(self.args.fraction_train * len(self.clients) + 0.5))
-
     def _sample(self, server_round: int) -> list[str]:
         """Clients of a round, drawn without replacement; the same for the same seed and round."""
         generator = random.Random(f"{self.args.seed}/{server_round}")
-        drawn = set(generator.sample(sorted(self.clients), self._num_sampled()))
+        drawn = set(generator.sample(sorted(self.clients), self.args.num_sampled(len(self.clients))))
         return [name for name in self.clients if name in drawn]
 
     def _report(self, record: dict):
         """Give the round's scalars to trackers and callbacks."""
-        logs = {key: record[key] for key in ("alignment_l2", "alignment_kl", "bytes_down", "bytes_up")}
+        logs = {key: value for key, value in record.items() if key.startswith(("alignment_", "drift_", "bytes_"))}
         logs |= {f"client_loss/{name}": loss for name, loss in record["client_losses"].items()}
         logs |= {f"seconds/{phase}": value for phase, value in record["seconds"].items()}
         metrics = {f"eval_{key}": value for key, value in record.items() if key.startswith(("adap_", "zero_shot"))}

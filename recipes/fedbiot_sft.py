@@ -26,7 +26,7 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from fedbiot_trainer import FedBiOTConfig, FederatedRunner
+from fedbiot_trainer import METHODS, FedBiOTConfig, run_method
 
 
 RECIPES = Path(__file__).parent
@@ -43,6 +43,10 @@ class FederatedScriptArguments(ScriptArguments):
 
     task: str | None = field(
         default=None, metadata={"help": "Embedded task that brings its own data and model.", "choices": ["demo"]}
+    )
+    method: str = field(
+        default="fedbiot",
+        metadata={"help": "Method to run: a preset over the settings given.", "choices": list(METHODS)},
     )
     client_datasets: list[str] | None = field(
         default=None, metadata={"help": "Private training sets, NAME=DATASET for each client."}
@@ -101,7 +105,7 @@ def load(name: str, config: str | None, split: str, templates: tuple, limit: int
 
 
 def load_datasets(script_args: FederatedScriptArguments, seed: int) -> dict:
-    """The dataset arguments of [`FederatedRunner`]."""
+    """The dataset arguments of [`run_method`]."""
     if script_args.task == "demo":
         task = runpy.run_path(str(RECIPES / "demo" / "task.py"))
         client_datasets, eval_dataset = task["private_domains"](
@@ -177,15 +181,13 @@ def main(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, mo
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
-    runner = FederatedRunner(
+    run_method(
+        script_args.method,
         model=model_name,
         args=training_args,
         peft_config=peft_config,
         **load_datasets(script_args, training_args.seed),
     )
-    runner.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if training_args.push_to_hub:
-        print(f"pushed to {runner.push_to_hub()}")
 
 
 def make_parser() -> TrlParser:

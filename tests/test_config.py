@@ -14,7 +14,9 @@ from fedbiot_trainer import FedBiOTConfig
         ("fraction_train", 0.0, r"`fraction_train` is 0.0, .* in \(0, 1\]"),
         ("fraction_train", 1.1, r"`fraction_train` is 1.1, .* in \(0, 1\]"),
         ("num_adapter_layers", 0, "`num_adapter_layers` is 0, but it must be at least 1"),
-        ("num_rounds", 0, "`num_rounds` is 0, but it must be at least 1"),
+        ("num_adapter_layers", -2, "`num_adapter_layers` is -2, but it must be at least 1, or -1 for all layers"),
+        ("num_adapter_layers_bottom", -1, "`num_adapter_layers_bottom` is -1, but it cannot be negative"),
+        ("num_rounds", -1, "`num_rounds` is -1, but it cannot be negative"),
         ("local_steps", 0, "`local_steps` is 0, but it must be at least 1"),
         ("num_clients", 0, "`num_clients` is 0, but it must be at least 1"),
         ("emulator_lora_r", 0, "`emulator_lora_r` is 0, but a rank must be at least 1"),
@@ -65,3 +67,22 @@ def test_derived_arguments_leave_the_original_alone(make_args):
 def test_offloading_needs_a_cached_teacher(tmp_path):
     with pytest.raises(ValueError, match="`offload_full_model` is True, but an online teacher runs the full model"):
         FedBiOTConfig(str(tmp_path), offload_full_model=True, teacher="online", use_cpu=True)
+
+
+def test_teacher_follows_the_adapter_layers(make_args):
+    assert make_args().teacher == "cached"
+    assert make_args(num_adapter_layers_bottom=1).teacher == "online"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": "cached"}, "`teacher` is 'cached', but `num_adapter_layers_bottom` is 1"),
+        ({"num_adapter_layers": -1}, "`num_adapter_layers_bottom` is 1, but `num_adapter_layers` is -1"),
+        ({"offload_full_model": True}, "`offload_full_model` is True, but an online teacher"),
+    ],
+    ids=["cached", "all layers", "offload"],
+)
+def test_adapter_layers_at_the_bottom_that_cannot_work(make_args, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(num_adapter_layers_bottom=1, **settings)

@@ -1,0 +1,367 @@
+"""
+The paper's comparison on one task: methods x drop ratios (beta) x seeds, as a table with error bars and a figure.
+
+    python recipes/compare.py --task demo --output_dir outputs/compare-demo
+
+Each cell is one run of fedbiot_sft.py in a process of its own, with a folder of its own in `output_dir`. A comparison
+that was interrupted goes on where it was when the same command is given again. All other flags go to fedbiot_sft.py:
+
+    python recipes/compare.py --config recipes/gsm8k/llama2_7b.yaml --output_dir out --num_rounds 100 \
+        --launcher "accelerate launch --config_file accelerate_configs/zero3.yaml"
+
+Leaves `results.json` (one object per cell), `table.md` and `comparison.png`, with --ablation also `ablation.png`.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+from peft import LoraConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from fedbiot_trainer import METHODS, FedBiOTConfig
+from fedbiot_trainer.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
+from fedbiot_trainer.plan import SETTINGS, plan
+from fedbiot_trainer.report import COLORS, format_bytes
+
+
+RECIPES = Path(__file__).parent
+TASKS = {"demo": "demo/demo.yaml", "gsm8k": "gsm8k/cpu.yaml", "code": "code/cpu.yaml"}
+PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
+DRIFT = ("fedbiot", "fedbiot_align_once")  # what per-round alignment does to the emulator is measured in these
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method at a drop ratio (`None` where there is no emulator) with a seed."""
+
+    method: str
+    beta: float | None
+    seed: int
+
+    def __str__(self) -> str:
+        return "-".join([self.method, *([f"beta{self.beta}"] if self.beta is not None else []), f"seed{self.seed}"])
+
+
+def make_cells(args: argparse.Namespace) -> list[Cell]:
+    """All cells, seed by seed, so that an early look shows every method."""
+    cells = []
+    for seed in args.seeds:
+        for method in args.methods:
+            betas = [None] if method in WITHOUT_EMULATOR else args.betas
+            cells += [Cell(method, beta, seed) for beta in betas]
+        if args.ablation:
+            cells += [Cell(method, args.betas[-1], seed) for method in ABLATION if method not in args.methods]
+    return cells
+
+
+def command(cell: Cell, args: argparse.Namespace, flags: list[str]) -> list[str]:
+    """The command line of a cell's run."""
+    settings = {"method": cell.method, "seed": cell.seed, "output_dir": args.output_dir / str(cell)}
+    if cell.beta is not None:
+        settings["emulator_drop_ratio"] = cell.beta
+    if cell.method in DRIFT:
+        settings["eval_drift"] = True
+    pairs = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    recipe = [str(RECIPES / "fedbiot_sft.py"), "--config", str(args.config), "--overwrite_output_dir", "true"]
+    return [*shlex.split(args.launcher), *recipe, *pairs, *flags]
+
+
+def is_done(cell: Cell, args: argparse.Namespace, flags: list[str]) -> bool:
+    """
+    Whether the cell's result is there.
+
+    Raises:
+        ValueError: If another command made it.
+    """
+    file = args.output_dir / str(cell) / "cell.json"
+    if not file.is_file():
+        return False
+    if json.loads(file.read_text())["flags"] != [str(args.config), *flags]:
+        raise ValueError(
+            f"`output_dir` is '{args.output_dir}', in which {cell} was made with other settings "
+            f"({json.loads(file.read_text())['flags']}). Choose another folder, or delete that one."
+        )
+    return True
+
+
+def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str]) -> str | None:
+    """Run a cell. Returns what went wrong, if anything did."""
+    folder = args.output_dir / str(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
+    with (folder / "log.txt").open("w") as log:
+        result = subprocess.run(command(cell, args, flags), stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if result.returncode != 0:
+        last_lines = "\n".join((folder / "log.txt").read_text().splitlines()[-5:])
+        return f"{cell} failed ({folder / 'log.txt'}):\n{last_lines}"
+    (folder / "cell.json").write_text(json.dumps({"flags": [str(args.config), *flags]}) + "\n")
+    return None
+
+
+def run_cells(cells: list[Cell], args: argparse.Namespace, flags: list[str], console: Console) -> list[str]:
+    """Run what is not done, `args.jobs` at a time. Returns what went wrong."""
+    waiting = [cell for cell in cells if not is_done(cell, args, flags)]
+    console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} done before", **PLAIN)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    errors, started = [], time.perf_counter()
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+        whole = progress.add_task("cells", total=len(waiting))
+        futures = {pool.submit(run_cell, cell, args, flags): cell for cell in waiting}
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                progress.advance(whole)
+                left = (time.perf_counter() - started) / done * (len(waiting) - done)
+                error = future.result()
+                if error is not None:
+                    errors.append(error)
+                line = "failed" if error else _headline(read_cell(futures[future], args))
+                console.print(f"{done}/{len(waiting)} {futures[future]}: {line} | ETA {left / 60:.0f} min", **PLAIN)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            console.print("Interrupted: the same command goes on from here.", **PLAIN)
+            raise
+    return errors
+
+
+def _headline(result: dict) -> str:
+    parts = [(name, result[key]) for name, key in (("AdapEmu", "adap_emu"), ("AdapFu", "adap_fu"))]
+    shown = [f"{name} {_score(values)[0]} {_score(values)[1]:.4g}" for name, values in parts if values]
+    return ", ".join([*shown, f"{result['seconds']:.0f} s"])
+
+
+def _score(values: dict[str, float]) -> tuple[str, float]:
+    """The task's own metric, else the loss."""
+    name = next((name for name in values if name not in ("loss", "token_accuracy")), "loss")
+    return name, values[name]
+
+
+def read_cell(cell: Cell, args: argparse.Namespace) -> dict:
+    """A cell's result and costs; FLOPs are counted from the model's config, at the texts' mean length."""
+    folder = args.output_dir / str(cell)
+    summary = json.loads((folder / "summary.json").read_text())
+    first = next(iter(summary.get("clients", {"": None})))
+    records = folder / first / "rounds.jsonl"
+    rounds = [json.loads(line) for line in records.read_text().splitlines()] if records.is_file() else []
+    trains = summary["rounds"] > 0
+    down, up = summary["bytes"]["down"], summary["bytes"]["up"]
+    sent = sum(len(record["client_losses"]) + len(record["refused"]) for record in rounds) if trains else 0
+    return {
+        "task": args.task,
+        "method": cell.method,
+        "beta": cell.beta,
+        "seed": cell.seed,
+        "zero_shot": summary["zero_shot"],
+        "adap_emu": summary["adap_emu"] if cell.method not in WITHOUT_EMULATOR else None,
+        "adap_fu": summary["adap_fu"],
+        "trainable_parameters": summary["parameters"]["trainable_client"] if trains else 0,
+        "client_share": summary["parameters"]["client_share"],
+        "bytes_per_client_round": (down + up) / sent if sent and down is not None else 0,
+        **(_flops(summary, folder / first) if trains else {"client_flops": 0, "server_flops": 0}),
+        "seconds": summary["seconds"]["total"],
+        "drift": [{name: record[name] for name in ("server_round", "drift_l2", "drift_kl")} for record in rounds]
+        if cell.method in DRIFT
+        else [],
+    }
+
+
+def _flops(summary: dict, folder: Path) -> dict[str, int]:
+    """FLOPs of one client and of the server in the whole run."""
+    settings, lengths = summary["settings"], summary["tokens_per_example"]
+    lora = LoraConfig(**{name: summary["peft_config"][name] for name in ("r", "lora_alpha", "target_modules")})
+    base = json.loads((folder / "client_lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    names = (*SETTINGS, "num_rounds", "initial_alignment_steps", "alignment_kl_weight", "proximal_weight", "teacher")
+    known = {name: settings[name] for name in names if settings[name] is not None}
+
+    def costs(length):
+        return plan(base, FedBiOTConfig(**{**known, "max_length": max(2, round(length))}, use_cpu=True), lora)
+
+    client = costs(lengths["clients"])["clients"]["fedbiot"]["flops_per_round"] * summary["rounds"]
+    server = 0
+    if lengths["public"] is not None:
+        align = costs(lengths["public"])["server"][settings["teacher"]]
+        steps = settings["initial_alignment_steps"] + summary["rounds"] * settings["alignment_steps"]
+        server = align["flops_per_step"] * steps + align["flops_to_store"]
+    return {"client_flops": client, "server_flops": server}
+
+
+def aggregate(results: list[dict]) -> list[dict]:
+    """One row per method and beta: mean and standard deviation over the seeds."""
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        groups.setdefault((result["method"], result["beta"]), []).append(result)
+    rows = []
+    for (method, beta), cells in groups.items():
+        row = {"method": method, "beta": beta, "num_seeds": len(cells)}
+        for key in ("adap_emu", "adap_fu"):
+            if cells[0][key] is not None:
+                row[key] = {name: spread([cell[key][name] for cell in cells]) for name in cells[0][key]}
+        costs = "trainable_parameters", "bytes_per_client_round", "client_flops", "server_flops", "seconds"
+        rows.append(row | {name: mean(cell[name] for cell in cells) for name in costs})
+    return rows
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (0 for a single value)."""
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def table_cells(rows: list[dict]) -> list[list[str]]:
+    """The rows as lines of a table, its header first."""
+    metrics = [name for name in rows[0]["adap_fu"] if name != "token_accuracy"]
+    names = [f"{who} {metric.replace('_', ' ')}" for metric in metrics for who in ("AdapEmu", "AdapFu")]
+    header = ["method", "beta", *names, "trained", "bytes/round", "client TFLOPs", "server TFLOPs", "s"]
+    lines = [header]
+    for row in rows:
+        scores = [_cell(row.get(key), metric) for metric in metrics for key in ("adap_emu", "adap_fu")]
+        flops = [f"{row[name] / 1e12:.3g}" for name in ("client_flops", "server_flops")]
+        costs = f"{row['trainable_parameters']:,.0f}", format_bytes(row["bytes_per_client_round"]), *flops
+        beta = "" if row["beta"] is None else str(row["beta"])
+        lines.append([row["method"], beta, *scores, *costs, f"{row['seconds']:.0f}"])
+    return lines
+
+
+def _cell(values: dict | None, metric: str) -> str:
+    if values is None:
+        return ""
+    average, deviation = values[metric]
+    scale, digits = (1, 3) if metric == "loss" else (100, 1)
+    return f"{scale * average:.{digits}f} ± {scale * deviation:.{digits}f}"
+
+
+def plot_comparison(rows: list[dict], results: list[dict], file: Path):
+    """AdapEmu and AdapFu of each method; AdapFu against a client's FLOPs; the emulator's drift over the rounds."""
+    metric, _ = _score({name: values[0] for name, values in rows[0]["adap_fu"].items()})
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    bars, costs, drift = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
+    label = metric.replace("_", " ") if metric != "loss" else "loss (nats per token)"
+    _bars(bars, rows, metric, label)
+    trained = [row for row in rows if row["client_flops"]]
+    for marker, row in zip("osD^vP*Xhd<>" * 3, trained, strict=False):
+        average, deviation = row["adap_fu"][metric]
+        costs.errorbar(
+            row["client_flops"] / 1e12, average, deviation, marker=marker, capsize=3, label=_name(row), ls=""
+        )
+    costs.set(title="AdapFu against a client's work", xlabel="TFLOPs of a client", ylabel=label, xscale="log")
+    costs.legend(frameon=False, fontsize=7)
+    for method, style in zip(DRIFT, ("-", "--"), strict=True):
+        for beta in sorted({r["beta"] for r in results if r["method"] == method}):
+            runs = [r["drift"] for r in results if (r["method"], r["beta"]) == (method, beta)]
+            by_round: dict[int, list[float]] = {}
+            for record in (record for run in runs for record in run if record["drift_kl"] is not None):
+                by_round.setdefault(record["server_round"], []).append(record["drift_kl"])
+            name = "aligned in each round" if method == "fedbiot" else "aligned once"
+            color = COLORS["adap_fu"] if beta == max(r["beta"] or 0 for r in results) else COLORS["adap_emu"]
+            means = [mean(values) for values in by_round.values()]
+            drift.plot(list(by_round), means, style, color=color, label=f"{name}, beta {beta}")
+    drift.set(title="Emulator against full model, private text", xlabel="round", ylabel="KL (nats per token)")
+    if drift.lines:
+        drift.legend(frameon=False, fontsize=8)
+        drift.set_ylim(bottom=0)
+    _save(figure, (bars, costs, drift), file)
+
+
+def plot_ablation(rows: list[dict], file: Path):
+    """FedBiOT with one factor changed at a time."""
+    metric, _ = _score({name: values[0] for name, values in rows[0]["adap_fu"].items()})
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    beta = max(row["beta"] for row in rows if row["method"] in ABLATION)
+    chosen = [row for row in rows if row["method"] in ("fedbiot", *ABLATION) and row["beta"] == beta]
+    _bars(axes, chosen, metric, metric.replace("_", " ") if metric != "loss" else "loss (nats per token)")
+    _save(figure, (axes,), file)
+
+
+def _name(row: dict) -> str:
+    return row["method"].replace("_", " ") + ("" if row["beta"] is None else f" ({row['beta']})")
+
+
+def _bars(axes, rows: list[dict], metric: str, label: str):
+    for offset, key, name in ((-0.2, "adap_emu", "AdapEmu"), (0.2, "adap_fu", "AdapFu")):
+        points = [(i + offset, *row[key][metric]) for i, row in enumerate(rows) if key in row]
+        places, averages, deviations = zip(*points, strict=True)
+        axes.bar(places, averages, 0.4, yerr=deviations, capsize=3, color=COLORS[key], label=name)
+    axes.set_xticks(range(len(rows)), [_name(row) for row in rows], rotation=35, ha="right", fontsize=8)
+    axes.set(title="Held-out private text", ylabel=label)
+    axes.legend(frameon=False, loc="lower right" if metric == "loss" else "best")
+
+
+def _save(figure: Figure, all_axes: tuple, file: Path):
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.title.set_fontweight("bold")
+    figure.savefig(file, dpi=150)
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--task", choices=list(TASKS), help="A task at CPU size.")
+    task.add_argument("--config", type=Path, help="YAML of any other recipe for fedbiot_sft.py.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=list(COMPARISON), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--betas", nargs="+", type=float, default=[0.2, 0.5], help="Drop ratios of the emulator.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--ablation", action="store_true", help="Also change one factor of FedBiOT at a time.")
+    parser.add_argument("--jobs", type=int, default=1, help="Cells to run at a time.")
+    parser.add_argument("--launcher", default=sys.executable, help="What runs the recipe.")
+    args, flags = parser.parse_known_args(argv)
+    if args.jobs < 1:
+        parser.error(f"`--jobs` is {args.jobs}, but at least 1 cell must run at a time.")
+    args.config = args.config or RECIPES / TASKS[args.task]
+    args.task = args.task or args.config.parent.name
+    if not args.config.is_file():
+        parser.error(f"`--config` is '{args.config}', but there is no such file.")
+    return args, flags
+
+
+def main(argv: list[str] | None = None):
+    args, flags = parse_args(sys.argv[1:] if argv is None else argv)
+    console, cells = Console(), make_cells(args)
+    try:
+        errors = run_cells(cells, args, flags, console)
+    except ValueError as error:
+        sys.exit(f"compare.py: error: {error}")
+    results = [read_cell(cell, args) for cell in cells if is_done(cell, args, flags)]
+    if results:
+        rows = aggregate(results)
+        (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        header, *body = table_cells(rows)
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+        (args.output_dir / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        table = Table(
+            *(Column(name, justify="right" if i else "left") for i, name in enumerate(header)), show_edge=False
+        )
+        for line in body:
+            table.add_row(*line)
+        plot_comparison(rows, results, args.output_dir / "comparison.png")
+        if any(row["method"] in ABLATION for row in rows):
+            plot_ablation(rows, args.output_dir / "ablation.png")
+        console.width = max(console.width, 150)
+        console.print(table)
+        console.print(f"results in {args.output_dir}", **PLAIN)
+    if errors:
+        sys.exit("\n\n".join(errors))
+
+
+if __name__ == "__main__":
+    # Deprecations inside the libraries are not for the reader of this recipe's output.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    main()

@@ -1,0 +1,126 @@
+import json
+
+import pytest
+from conftest import sums, tiny_model
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from fedbiot_trainer import METHODS, run_method
+from fedbiot_trainer.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+DATA = {"north": sums(0, 8), "south": sums(8, 12)}
+
+
+@pytest.fixture
+def run(make_args, tokenizer):
+    def run(method, model=None, **changes):
+        return run_method(
+            method,
+            model=model or tiny_model(),
+            args=make_args(**changes),
+            client_datasets=DATA,
+            public_dataset=sums(40, 50),
+            eval_dataset=sums(50, 55),
+            processing_class=tokenizer,
+            peft_config=LORA,
+        )
+
+    return run
+
+
+def test_every_method_is_in_the_comparison_or_the_ablation():
+    assert {*COMPARISON, *ABLATION} == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(run, method, tmp_path):
+    summary = run(method, eval_drift=True)
+    assert summary["adap_fu"]["loss"] > 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    if method == "zero_shot":
+        assert summary["adap_fu"] == summary["zero_shot"]
+    else:
+        assert summary["adap_fu"]["loss"] != summary["zero_shot"]["loss"]
+    if method == "full_lora":
+        assert summary["adap_fu"] == summary["adap_emu"]
+
+
+def test_adapter_layers_of_each_method(run):
+    def layers(method):
+        return list(run(method, num_rounds=1, overwrite_output_dir=True)["split"]["adapter_layers"])
+
+    assert layers("fedbiot") == [6, 7]
+    assert layers("offsite_tuning") == layers("fedot") == layers("fedbiot_both_ends") == [0, 1, 6, 7]
+    assert layers("full_lora") == list(range(8))
+
+
+def test_budgets_are_equal(make_args):
+    args = make_args()
+    fedbiot, fedot, pooled = (METHODS[name].configure(args, 2) for name in ("fedbiot", "fedot", "offsite_tuning"))
+    total = args.initial_alignment_steps + args.num_rounds * args.alignment_steps
+    assert (fedot.initial_alignment_steps, fedot.alignment_steps) == (total, 0)
+    assert (fedbiot.initial_alignment_steps, fedbiot.alignment_steps) == (3, 2)
+    assert pooled.local_steps == 2 * fedot.local_steps == 2 * args.local_steps
+    assert fedot.proximal_weight == fedot.alignment_kl_weight == 0
+    assert args.teacher == "cached" and fedot.teacher == "online"
+
+
+def test_fedbiot_is_the_plain_run(run, make_runner, tmp_path):
+    summary = run("fedbiot")
+    plain = make_runner(peft_config=LORA, output_dir=str(tmp_path / "plain")).train()
+    assert summary["adap_fu"] == plain["adap_fu"] and summary["adap_emu"] == plain["adap_emu"]
+
+
+def test_clients_alone_see_nothing_of_each_other(run, make_runner, tmp_path):
+    summary = run("local_only")
+    assert summary["clients"].keys() == DATA.keys()
+    losses = [results["adap_fu"]["loss"] for results in summary["clients"].values()]
+    assert summary["adap_fu"]["loss"] == pytest.approx(sum(losses) / 2)
+    alone = make_runner(
+        client_datasets={"south": DATA["south"]}, peft_config=LORA, output_dir=str(tmp_path / "alone")
+    ).train()
+    assert alone["adap_fu"] == summary["clients"]["south"]["adap_fu"]
+    assert losses[0] != losses[1]
+
+
+def test_lora_on_all_layers_is_a_plain_peft_folder(run, make_args, tmp_path, batch):
+    model = tiny_model()
+    summary = run("full_lora", model=model)
+    assert summary["parameters"]["client_share"] == 1
+    model.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = PeftModel.from_pretrained(base, tmp_path / "run" / "client_lora")
+    assert len([name for name, _ in tuned.named_parameters() if "lora_A" in name]) == 8 * 7
+    assert not (tmp_path / "run" / "emulator_package" / "emulator_lora").exists()
+
+
+def test_drift_is_zero_without_drops(run, tmp_path):
+    run("fedbiot", emulator_drop_ratio=0.0, eval_drift=True)
+    run("fedbiot", eval_drift=True, output_dir=str(tmp_path / "half"))
+    for folder, drifts in (("run", False), ("half", True)):
+        records = [json.loads(line) for line in (tmp_path / folder / "rounds.jsonl").read_text().splitlines()]
+        for record in records:
+            assert (record["drift_l2"] > 1e-6) == (record["drift_kl"] > 1e-6) == drifts
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("fedavg", {}, "`method` is 'fedavg', but it must be one of zero_shot, offsite_tuning, fedot"),
+        ("local_only", {"push_to_hub": True}, "`push_to_hub` is True, but `method` is 'local_only'"),
+        ("fedot", {"num_adapter_layers": 4}, "is 4 and `num_adapter_layers_bottom` is 4.*Use at most 7 together"),
+    ],
+)
+def test_what_cannot_work(run, method, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(method, **changes)
+
+
+def test_methods_without_an_emulator_do_not_depend_on_the_drop_ratio(run):
+    for method in WITHOUT_EMULATOR:
+        results = [
+            run(method, emulator_drop_ratio=beta, overwrite_output_dir=True)["adap_fu"]["loss"] for beta in (0.2, 0.5)
+        ]
+        assert results[0] == results[1]
