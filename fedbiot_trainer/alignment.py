@@ -87,7 +87,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         elif is_zero3(self.accelerator):
             raise ValueError(
                 "`teacher` is 'online', but under DeepSpeed ZeRO-3 the shards of the full model cannot be gathered while "
-                "the emulator trains. Use `teacher='cached'`."
+                "the emulator trains. Use `teacher='cached'` or, with adapter layers at the bottom, DDP or ZeRO-2."
             )
 
     def _plan_store(self):

@@ -29,7 +29,7 @@ class Method:
             `"federated"`; `"pooled"`: one client has all text and takes the steps of all; `"alone"`: a run for each
             client, of which the mean is reported.
         both_ends (`bool`, *optional*, defaults to `False`):
-            Whether there are as many adapter layers at the bottom as there are on top.
+            Whether half of the adapter layers are at the bottom: as many as in FedBiOT, elsewhere.
         align_once (`bool`, *optional*, defaults to `False`):
             Whether all alignment steps of the run are taken before its first round.
     """
@@ -46,11 +46,14 @@ class Method:
         for name, value in self.settings.items():
             setattr(args, name, value)
         if self.both_ends:
-            args.num_adapter_layers_bottom, args.teacher, args.offload_full_model = (
-                args.num_adapter_layers,
-                "online",
-                False,
-            )
+            if args.num_adapter_layers < 2:
+                raise ValueError(
+                    f"`num_adapter_layers` is {args.num_adapter_layers}, but the method has adapter layers at both ends. "
+                    "Use at least 2."
+                )
+            args.num_adapter_layers_bottom = args.num_adapter_layers // 2
+            args.num_adapter_layers -= args.num_adapter_layers_bottom
+            args.teacher, args.offload_full_model = "online", False
         if self.align_once:
             args.initial_alignment_steps += args.num_rounds * args.alignment_steps
             args.alignment_steps = 0
@@ -130,6 +133,11 @@ def run_method(
 
 
 def _run_alone(method, model, args, client_datasets, **kwargs) -> dict:
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            f"`method` is '{method}', which makes a run for each client, but a process can use DeepSpeed for one run only. "
+            "Give each client a run of its own with `client_datasets`, or launch with DDP."
+        )
     if args.push_to_hub:
         raise ValueError(
             f"`push_to_hub` is True, but `method` is '{method}', which ends with a result for each client. Push the "

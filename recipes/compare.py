@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -97,14 +98,18 @@ def is_done(cell: Cell, args: argparse.Namespace, flags: list[str]) -> bool:
     return True
 
 
-def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str]) -> str | None:
+def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: set[subprocess.Popen]) -> str | None:
     """Run a cell. Returns what went wrong, if anything did."""
     folder = args.output_dir / str(cell)
     folder.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
-    with (folder / "log.txt").open("w") as log:
-        result = subprocess.run(command(cell, args, flags), stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if result.returncode != 0:
+    with (
+        (folder / "log.txt").open("w") as log,
+        subprocess.Popen(command(cell, args, flags), stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        running.add(process)
+    running.discard(process)
+    if process.returncode != 0:
         last_lines = "\n".join((folder / "log.txt").read_text().splitlines()[-5:])
         return f"{cell} failed ({folder / 'log.txt'}):\n{last_lines}"
     (folder / "cell.json").write_text(json.dumps({"flags": [str(args.config), *flags]}) + "\n")
@@ -116,13 +121,13 @@ def run_cells(cells: list[Cell], args: argparse.Namespace, flags: list[str], con
     waiting = [cell for cell in cells if not is_done(cell, args, flags)]
     console.print(f"{len(cells)} cells, {len(cells) - len(waiting)} done before", **PLAIN)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    errors, started = [], time.perf_counter()
+    errors, running, started = [], set(), time.perf_counter()
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         ThreadPoolExecutor(args.jobs) as pool,
     ):
         whole = progress.add_task("cells", total=len(waiting))
-        futures = {pool.submit(run_cell, cell, args, flags): cell for cell in waiting}
+        futures = {pool.submit(run_cell, cell, args, flags, running): cell for cell in waiting}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 progress.advance(whole)
@@ -134,7 +139,8 @@ def run_cells(cells: list[Cell], args: argparse.Namespace, flags: list[str], con
                 console.print(f"{done}/{len(waiting)} {futures[future]}: {line} | ETA {left / 60:.0f} min", **PLAIN)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            console.print("Interrupted: the same command goes on from here.", **PLAIN)
+            for process in list(running):
+                process.terminate()
             raise
     return errors
 
@@ -258,7 +264,8 @@ def plot_comparison(rows: list[dict], results: list[dict], file: Path):
             row["client_flops"] / 1e12, average, deviation, marker=marker, capsize=3, label=_name(row), ls=""
         )
     costs.set(title="AdapFu against a client's work", xlabel="TFLOPs of a client", ylabel=label, xscale="log")
-    costs.legend(frameon=False, fontsize=7)
+    if trained:
+        costs.legend(frameon=False, fontsize=7)
     for method, style in zip(DRIFT, ("-", "--"), strict=True):
         for beta in sorted({r["beta"] for r in results if r["method"] == method}):
             runs = [r["drift"] for r in results if (r["method"], r["beta"]) == (method, beta)]
@@ -333,12 +340,15 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave no run behind
     args, flags = parse_args(sys.argv[1:] if argv is None else argv)
     console, cells = Console(), make_cells(args)
     try:
         errors = run_cells(cells, args, flags, console)
     except ValueError as error:
         sys.exit(f"compare.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: the same command goes on from here.")
     results = [read_cell(cell, args) for cell in cells if is_done(cell, args, flags)]
     if results:
         rows = aggregate(results)

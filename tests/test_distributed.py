@@ -118,6 +118,26 @@ def test_two_processes_with_an_online_teacher(files, tmp_path, one_process):
     assert all(torch.allclose(state[key], expected[key], atol=2e-4) for key in expected)
 
 
+@pytest.mark.parametrize("method, config", [("fedot", "ddp"), ("local_only", "ddp"), ("full_lora", "zero3")])
+def test_methods_give_in_two_processes_what_they_give_in_one(files, tmp_path, method, config):
+    if config != "ddp":
+        pytest.importorskip("deepspeed")
+    two, one = (
+        run_recipe(files, tmp_path / str(number), sizes, launched, method=method, num_rounds=1)
+        for number, (sizes, launched) in enumerate([(TWO, config), (ONE, None)])
+    )
+    summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (two, one))
+    for name in ("zero_shot", "adap_emu", "adap_fu"):
+        assert summary[name] == pytest.approx(expected[name], rel=1e-4)
+    assert expected["adap_fu"]["loss"] != expected["zero_shot"]["loss"]
+
+
+def test_clients_alone_are_refused_under_deepspeed(files, tmp_path):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(AssertionError, match="`method` is 'local_only', .* DeepSpeed for one run only"):
+        run_recipe(files, tmp_path, TWO, "zero2", method="local_only")
+
+
 def test_fsdp2_with_mixed_precision(files, tmp_path, one_process):
     """Without a proximal term, so that FSDP2 alone makes the gradients of what it first saw frozen."""
     folder = run_recipe(files, tmp_path, TWO, "fsdp2", bf16="true", teacher="online", proximal_weight=0)

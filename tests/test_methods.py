@@ -52,7 +52,7 @@ def test_adapter_layers_of_each_method(run):
         return list(run(method, num_rounds=1, overwrite_output_dir=True)["split"]["adapter_layers"])
 
     assert layers("fedbiot") == [6, 7]
-    assert layers("offsite_tuning") == layers("fedot") == layers("fedbiot_both_ends") == [0, 1, 6, 7]
+    assert layers("offsite_tuning") == layers("fedot") == layers("fedbiot_both_ends") == [0, 7]
     assert layers("full_lora") == list(range(8))
 
 
@@ -110,7 +110,12 @@ def test_drift_is_zero_without_drops(run, tmp_path):
     [
         ("fedavg", {}, "`method` is 'fedavg', but it must be one of zero_shot, offsite_tuning, fedot"),
         ("local_only", {"push_to_hub": True}, "`push_to_hub` is True, but `method` is 'local_only'"),
-        ("fedot", {"num_adapter_layers": 4}, "is 4 and `num_adapter_layers_bottom` is 4.*Use at most 7 together"),
+        ("fedot", {"num_adapter_layers": 8}, "is 4 and `num_adapter_layers_bottom` is 4.*Use at most 7 together"),
+        (
+            "fedot",
+            {"num_adapter_layers": 1},
+            "`num_adapter_layers` is 1, but the method has adapter layers at both ends",
+        ),
     ],
 )
 def test_what_cannot_work(run, method, changes, message):

@@ -1,0 +1,169 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import sums, tiny_model
+from peft import LoraConfig
+
+from fedbiot_trainer import run_method
+
+
+ROOT = Path(__file__).parents[1]
+
+# Stands in for `python fedbiot_sft.py`: writes what a run leaves, or fails where the method is fedot and the file says so.
+RUN = """
+import json, sys
+from pathlib import Path
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = Path(flags["--output_dir"])
+with (folder.parent / "calls.txt").open("a") as file:
+    file.write(folder.name + "\\n")
+if "fedot" in folder.name and (folder.parent / "broken").exists():
+    sys.exit("it broke")
+template = json.loads((folder.parent / "template.json").read_text())
+(folder / "summary.json").write_text(json.dumps(template))
+"""
+
+
+@pytest.fixture(scope="module")
+def compare():
+    return runpy.run_path(str(ROOT / "recipes" / "compare.py"))
+
+
+@pytest.fixture
+def run_compare(compare, tmp_path):
+    def run(*flags):
+        launcher = f"{sys.executable} {tmp_path / 'launcher.py'}"
+        arguments = ["--task", "demo", "--output_dir", str(tmp_path / "out"), "--launcher", launcher, *flags]
+        compare["main"](arguments)
+        calls = (tmp_path / "out" / "calls.txt").read_text().splitlines()
+        (tmp_path / "out" / "calls.txt").unlink()
+        return calls, json.loads((tmp_path / "out" / "results.json").read_text())
+
+    (tmp_path / "launcher.py").write_text(RUN)
+    (tmp_path / "out").mkdir()
+    scores = {"loss": 2.0, "token_accuracy": 0.5}
+    summary = {
+        "zero_shot": scores,
+        "adap_emu": scores,
+        "adap_fu": scores,
+        "rounds": 0,
+        "bytes": {"down": None, "up": None},
+        "parameters": {"trainable_client": 10, "client_share": 0.5},
+        "seconds": {"total": 3.0},
+    }
+    (tmp_path / "out" / "template.json").write_text(json.dumps(summary))
+    # `--config` and the recipe's path come first on a cell's command line.
+    (tmp_path / "launcher.py").write_text("import sys\nsys.argv.pop(1)\n" + RUN)
+    return run
+
+
+SMALL = ("--methods", "fedot", "fedbiot", "full_lora", "--betas", "0.2", "0.5", "--seeds", "0", "1")
+
+
+def test_cells_and_resume(run_compare, tmp_path):
+    calls, results = run_compare(*SMALL, "--ablation", "--jobs", "2")
+    names = {f"{method}-beta{beta}" for method in ("fedot", "fedbiot") for beta in (0.2, 0.5)} | {"full_lora"}
+    names |= {
+        f"{name}-beta0.5"
+        for name in ("fedbiot_both_ends", "fedbiot_no_proximal", "fedbiot_align_once", "fedbiot_no_kl")
+    }
+    assert sorted(calls) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
+    keys = {"task", "method", "beta", "seed", "adap_emu", "adap_fu", "client_flops", "bytes_per_client_round"}
+    assert len(results) == len(calls) and all(keys <= result.keys() for result in results)
+    assert {result["beta"] for result in results if result["method"] == "full_lora"} == {None}
+    for name in ("table.md", "comparison.png", "ablation.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+
+    calls, results = run_compare(*SMALL, "--seeds", "0", "1", "2", "--methods", "fedot")
+    assert calls == ["fedot-beta0.2-seed2", "fedot-beta0.5-seed2"]
+    assert len(results) == 6
+
+
+def test_a_cell_that_fails_stops_no_other(run_compare, tmp_path):
+    (tmp_path / "out" / "broken").touch()
+    with pytest.raises(SystemExit, match="fedot-beta0.2-seed0 failed .*log.txt.*\n.*it broke"):
+        run_compare(*SMALL)
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 6
+    (tmp_path / "out" / "broken").unlink()
+    (tmp_path / "out" / "calls.txt").unlink()
+    calls, results = run_compare(*SMALL)
+    assert len(calls) == 4 and all(call.startswith("fedot") for call in calls)
+    assert len(results) == 10
+
+
+def test_other_settings_are_not_mixed_in(run_compare):
+    run_compare("--methods", "fedbiot", "--num_rounds", "3")
+    with pytest.raises(SystemExit, match=r"`output_dir` is .*made with other settings .*'--num_rounds', '3'"):
+        run_compare("--methods", "fedbiot", "--num_rounds", "4")
+
+
+def test_what_cannot_work(run_compare, capsys):
+    for flags, message in ((["--jobs", "0"], "`--jobs` is 0"), (["--methods", "fedavg"], "invalid choice: 'fedavg'")):
+        with pytest.raises(SystemExit):
+            run_compare(*flags)
+        assert message in capsys.readouterr().err
+
+
+def test_means_and_deviations(compare):
+    def cell(method, beta, seed, loss):
+        scores = {"loss": loss, "token_accuracy": 0.5, "exact_match": loss / 10}
+        costs = {"trainable_parameters": 7, "bytes_per_client_round": 1e6, "client_flops": 2e12, "server_flops": 0}
+        return {
+            "method": method,
+            "beta": beta,
+            "seed": seed,
+            "adap_emu": None,
+            "adap_fu": scores,
+            "seconds": 1,
+            **costs,
+        }
+
+    rows = compare["aggregate"](
+        [cell("fedbiot", 0.5, 0, 1.0), cell("fedbiot", 0.5, 1, 3.0), cell("fedot", 0.5, 0, 4.0)]
+    )
+    assert rows[0]["adap_fu"]["loss"] == (2.0, pytest.approx(2**0.5))
+    assert rows[1]["adap_fu"]["loss"] == (4.0, 0.0)
+    header, first, second = compare["table_cells"](rows)
+    assert dict(zip(header, first, strict=True)) == {
+        "method": "fedbiot",
+        "beta": "0.5",
+        "AdapEmu loss": "",
+        "AdapFu loss": "2.000 ± 1.414",
+        "AdapEmu exact match": "",
+        "AdapFu exact match": "20.0 ± 14.1",
+        "trained": "7",
+        "bytes/round": "1.0 MB",
+        "client TFLOPs": "2",
+        "server TFLOPs": "0",
+        "s": "1",
+    }
+    assert second[0] == "fedot"
+
+
+@pytest.mark.parametrize("method", ["fedbiot", "fedot", "full_lora", "local_only"])
+def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    cell = compare["Cell"](method, 0.5, 0)
+    summary = run_method(
+        method,
+        str(tmp_path / "base"),
+        make_args(output_dir=str(tmp_path / str(cell)), eval_drift=True),
+        {"north": sums(0, 8), "south": sums(8, 12)},
+        public_dataset=sums(40, 50),
+        eval_dataset=sums(50, 55),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+    )
+    args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums")
+    result = compare["read_cell"](cell, args)
+    assert result["adap_fu"] == summary["adap_fu"]
+    assert (result["adap_emu"] is None) == (method == "full_lora")
+    assert result["client_flops"] > 0 and (result["server_flops"] > 0) == (method != "full_lora")
+    assert [record["server_round"] for record in result["drift"]] == ([1, 2] if method == "fedbiot" else [])
+    # Of 2 rounds; the answer of one client is about as large as what is sent of its LoRA.
+    rounds = 2 * (1 if method == "local_only" else 2)
+    expected = (summary["bytes"]["down"] + summary["bytes"]["up"]) / rounds
+    assert result["bytes_per_client_round"] == pytest.approx(expected)
