@@ -133,7 +133,7 @@ def run_method(
 
 
 def _run_alone(method, model, args, client_datasets, **kwargs) -> dict:
-    if getattr(args, "deepspeed_plugin", None) is not None:
+    if args.deepspeed_plugin is not None:
         raise ValueError(
             f"`method` is '{method}', which makes a run for each client, but a process can use DeepSpeed for one run only. "
             "Give each client a run of its own with `client_datasets`, or launch with DDP."
