@@ -1,11 +1,13 @@
 """
-Pre-train the base model of the GSM8K recipe: 10.5 M parameters, from scratch, on public coding instructions only.
+Pre-train the base model of a recipe at CPU size: 10.5 M parameters, from scratch, on public text only.
 
-It never reads GSM8K, which stays with the clients. About 25 minutes on one CPU core that has bfloat16 matmuls:
+By default that is the base of the GSM8K recipe, from coding instructions. It never reads GSM8K, which stays with the
+clients. About 25 minutes on one CPU core that has bfloat16 matmuls:
 
     python recipes/gsm8k/pretrain.py --output_dir gsm8k-base
 
-The result is a plain Hugging Face folder, model and tokenizer. CodeAlpaca, the default public set, is CC BY-NC 4.0.
+The public set may also be in prompt-completion form, like the one of recipes/code/prepare.py. The result is a plain
+Hugging Face folder, model and tokenizer. CodeAlpaca, the default public set, is CC BY-NC 4.0.
 """
 
 import argparse
@@ -49,14 +51,20 @@ def format_example(instruction: str, response: str, context: str = "") -> dict[s
 
 
 def load_public_texts(public_data: str, seed: int) -> tuple[list[str], list[str]]:
-    """Load a set with `instruction`, `input` and `output`; returns the training texts and 5 % held-out texts."""
+    """
+    Load a set with `prompt` and `completion`, or with `instruction`, `input` and `output`.
+
+    Returns the training texts and 5 % held-out texts.
+    """
     path, data_files = ("json", public_data) if os.path.isfile(public_data) else (public_data, None)
     splits = load_dataset(path, data_files=data_files, split="train").train_test_split(test_size=0.05, seed=seed)
     return to_texts(splits["train"]), to_texts(splits["test"])
 
 
 def to_texts(dataset: Dataset) -> list[str]:
-    examples = [format_example(row["instruction"], row["output"], row["input"]) for row in dataset]
+    examples = dataset
+    if "completion" not in dataset.column_names:
+        examples = [format_example(row["instruction"], row["output"], row["input"]) for row in dataset]
     return [example["prompt"] + example["completion"] for example in examples]
 
 
