@@ -5,6 +5,7 @@ import pytest
 from conftest import tiny_model
 from datasets import load_dataset
 from peft import LoraConfig
+from test_prepare import check_no_text_on_two_sides, run_prepare
 
 
 DATA = Path(os.environ.get("FEDBIOT_DATA", ""))
@@ -38,3 +39,22 @@ def test_gsm8k_with_codealpaca_as_public_text(make_runner):
     summary = runner.train()
     assert summary["adap_fu"]["loss"] < summary["zero_shot"]["loss"] - 0.15
     assert summary["num_examples"] == {"client-0": 20, "client-1": 20, "client-2": 20}
+
+
+@pytest.mark.skipif(not (DATA / "HumanEval.jsonl.gz").exists(), reason="FEDBIOT_DATA has no HumanEval.jsonl.gz")
+def test_code_by_language(monkeypatch, tmp_path):
+    flags = {"instructions": "codealpaca.jsonl", "more_public": "gsm8k_train.jsonl", "humaneval": "HumanEval.jsonl.gz"}
+    pairs = [(f"--{flag}", DATA / name) for flag, name in flags.items()]
+    files = run_prepare(monkeypatch, tmp_path, *(item for pair in pairs for item in pair))
+    assert {name: len(rows) for name, rows in files.items()} == {
+        "clients/cpp": 716,
+        "clients/java": 537,
+        "clients/javascript": 849,
+        "clients/python": 1042,
+        "eval": 120,
+        "public": 8488,
+        "humaneval": 164,
+    }
+    check_no_text_on_two_sides(files)
+    problem = files["humaneval"][0]
+    exec(problem["prompt"] + problem["completion"] + problem["test"] + f"\ncheck({problem['entry_point']})", {})
