@@ -19,9 +19,11 @@ With data of your own, one file per client:
 import runpy
 import sys
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
@@ -30,12 +32,14 @@ from fedbiot_trainer import METHODS, FedBiOTConfig, run_method
 
 
 RECIPES = Path(__file__).parent
+DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
 class FederatedScriptArguments(ScriptArguments):
     """
-    Where the texts come from. A dataset is a name on the Hub, a folder, or a file (.jsonl, .json, .csv, .parquet).
+    Where the texts come from. A dataset is a name on the Hub, a folder, or a file (.jsonl, .json, .csv, .parquet), on
+    this machine or under an https address.
 
     `dataset_name` is the private training set, split among clients as `--partition` says, unless `client_datasets`
     gives each client its own.
@@ -51,8 +55,18 @@ class FederatedScriptArguments(ScriptArguments):
     client_datasets: list[str] | None = field(
         default=None, metadata={"help": "Private training sets, NAME=DATASET for each client."}
     )
+    partition_values: list[str] | None = field(
+        default=None,
+        metadata={"help": "Keep only private examples with one of these values in partition_column. Default: all."},
+    )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out set, if it is not the test split of dataset_name."}
+    )
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out this share of dataset_name instead, of each value of partition_column if it is split by one."
+        },
     )
     public_dataset_name: str | None = field(default=None, metadata={"help": "Public set for the alignment."})
     public_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
@@ -82,30 +96,90 @@ class FederatedScriptArguments(ScriptArguments):
             )
         if self.task is None and (self.dataset_name is None) == (self.client_datasets is None):
             raise ValueError("Set one of `dataset_name` and `client_datasets`, or `task`.")
+        for name in ("partition_values", "eval_fraction"):
+            if getattr(self, name) is not None and self.dataset_name is None:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but it is about `dataset_name`, which is not set. Leave it out."
+                )
+        if self.eval_fraction is not None:
+            if not 0 < self.eval_fraction < 1:
+                raise ValueError(
+                    f"`eval_fraction` is {self.eval_fraction}, but it is the share of examples to hold out and must be "
+                    "in (0, 1), 0.05 for example."
+                )
+            if self.eval_dataset_name is not None:
+                raise ValueError(
+                    f"`eval_fraction` is {self.eval_fraction}, but `eval_dataset_name` is '{self.eval_dataset_name}': "
+                    "there can be one held-out set. Leave one of them out."
+                )
 
 
-def load(name: str, config: str | None, split: str, templates: tuple, limit: int | None, seed: int) -> Dataset:
-    """Load one dataset, draw `limit` examples and bring them into prompt-completion form if there are templates."""
-    suffix = Path(name).suffix.lstrip(".")
-    if suffix in ("json", "jsonl", "csv", "parquet"):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"There is no file '{name}'.")
-        dataset = load_dataset("json" if suffix == "jsonl" else suffix, data_files=name, split="train")
-    else:
-        dataset = load_dataset(name, config, split=split)
+def load(name: str, config: str | None, split: str) -> Dataset:
+    """Load one dataset: all of a file, or a split of what is on the Hub or in a folder."""
+    kind = DATA_FILES.get(Path(name).suffix)
+    if kind is None:
+        return load_dataset(name, config, split=split)
+    if not name.startswith("https://") and not Path(name).is_file():
+        raise FileNotFoundError(f"There is no file '{name}'.")
+    return load_dataset(kind, data_files=name, split="train")
+
+
+def rows_by_value(dataset: Dataset, column: str) -> dict[str, list[int]]:
+    """Which rows have which value in `column`. Raises `ValueError` if there is no such column."""
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`partition_column` is '{column}', but `dataset_name` has the columns {', '.join(dataset.column_names)}."
+        )
+    rows = defaultdict(list)
+    for row, value in enumerate(dataset[column]):
+        rows[str(value)].append(row)
+    return rows
+
+
+def keep_values(dataset: Dataset, column: str, values: list[str]) -> Dataset:
+    """The examples with one of `values` in `column`."""
+    rows = rows_by_value(dataset, column)
+    missing = [value for value in values if value not in rows]
+    if missing:
+        found = ", ".join(sorted(rows)[:20]) + (", ..." if len(rows) > 20 else "")
+        raise ValueError(
+            f"`partition_values` has {', '.join(missing)}, but no example has that in `{column}`. There is: {found}."
+        )
+    return dataset.select(sorted(row for value in set(values) for row in rows[value]))
+
+
+def hold_out(dataset: Dataset, fraction: float, column: str | None, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off `fraction` of the examples, of each value of `column` if one is given: training and held-out set."""
+    rows = {"all": list(range(len(dataset)))} if column is None else rows_by_value(dataset, column)
+    rng = np.random.default_rng(seed)
+    heldout: list[int] = []
+    for value, of_value in rows.items():
+        count = round(fraction * len(of_value))
+        if not 0 < count < len(of_value):
+            raise ValueError(
+                f"`eval_fraction` is {fraction}, which holds out {count} of the {len(of_value)} examples of '{value}'. "
+                "Change it so that some are held out and some are left, or keep other values with `partition_values`."
+            )
+        heldout.extend(rng.permutation(of_value)[:count].tolist())
+    return dataset.select(sorted(set(range(len(dataset))).difference(heldout))), dataset.select(sorted(heldout))
+
+
+def to_examples(dataset: Dataset, templates: tuple, limit: int | None, seed: int) -> Dataset:
+    """Draw `limit` examples and bring them into prompt-completion form if there are templates."""
     if limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(limit))
     prompt, completion = templates
     if prompt is not None:
         dataset = dataset.map(
             lambda row: {"prompt": prompt.format(**row), "completion": completion.format(**row)},
-            desc=f"Formatting {Path(name).name}",
+            desc="Formatting",
         )
     return dataset
 
 
-def load_datasets(script_args: FederatedScriptArguments, seed: int) -> dict:
+def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) -> dict:
     """The dataset arguments of [`run_method`]."""
+    seed = args.seed
     if script_args.task == "demo":
         task = runpy.run_path(str(RECIPES / "demo" / "task.py"))
         client_datasets, eval_dataset = task["private_domains"](
@@ -119,39 +193,40 @@ def load_datasets(script_args: FederatedScriptArguments, seed: int) -> dict:
 
     private = (script_args.prompt_template, script_args.completion_template)
     public = (script_args.public_prompt_template, script_args.public_completion_template)
-    split = script_args.dataset_train_split
-    loaded = {}
+    split, limit = script_args.dataset_train_split, script_args.max_train_samples
+    config, eval_name = script_args.dataset_config, script_args.eval_dataset_name
+    loaded, heldout = {}, None
     if script_args.client_datasets is not None:
         pairs = [item.partition("=")[::2] for item in script_args.client_datasets]
         if not all(name and dataset for name, dataset in pairs):
             raise ValueError(f"`client_datasets` must be NAME=DATASET each, got {script_args.client_datasets}.")
         loaded["client_datasets"] = [
-            (name, load(path, None, split, private, script_args.max_train_samples, seed)) for name, path in pairs
+            (name, to_examples(load(dataset, None, split), private, limit, seed)) for name, dataset in pairs
         ]
     else:
-        loaded["train_dataset"] = load(
-            script_args.dataset_name, script_args.dataset_config, split, private, script_args.max_train_samples, seed
-        )
-    is_file = Path(script_args.dataset_name or "").is_file()
-    eval_name = script_args.eval_dataset_name or (None if is_file else script_args.dataset_name)
+        train = load(script_args.dataset_name, config, split)
+        column = None if args.partition == "iid" else args.partition_column
+        if script_args.partition_values is not None:
+            if column is None:
+                raise ValueError(
+                    f"`partition_values` is {script_args.partition_values}, but `partition` is 'iid', which reads no "
+                    "column. Use 'by-column' or 'dirichlet', or leave it out."
+                )
+            train = keep_values(train, column, script_args.partition_values)
+        if script_args.eval_fraction is not None:
+            train, heldout = hold_out(train, script_args.eval_fraction, column, seed)
+        elif eval_name is None and Path(script_args.dataset_name).suffix not in DATA_FILES:
+            eval_name = script_args.dataset_name
+        loaded["train_dataset"] = to_examples(train, private, limit, seed)
     if eval_name is not None:
-        loaded["eval_dataset"] = load(
-            eval_name,
-            script_args.dataset_config,
-            script_args.dataset_test_split,
-            private,
-            script_args.max_eval_samples,
-            seed,
-        )
+        heldout = load(eval_name, config, script_args.dataset_test_split)
+    if heldout is not None:
+        loaded["eval_dataset"] = to_examples(heldout, private, script_args.max_eval_samples, seed)
     if script_args.public_dataset_name is not None:
-        loaded["public_dataset"] = load(
-            script_args.public_dataset_name,
-            script_args.public_dataset_config,
-            script_args.public_dataset_split,
-            public,
-            script_args.max_public_samples,
-            seed,
+        dataset = load(
+            script_args.public_dataset_name, script_args.public_dataset_config, script_args.public_dataset_split
         )
+        loaded["public_dataset"] = to_examples(dataset, public, script_args.max_public_samples, seed)
     return loaded
 
 
@@ -186,7 +261,7 @@ def main(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, mo
         model=model_name,
         args=training_args,
         peft_config=peft_config,
-        **load_datasets(script_args, training_args.seed),
+        **load_datasets(script_args, training_args),
     )
 
 
