@@ -3,10 +3,12 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import sums, tiny_model
+from conftest import ARCHITECTURES, sums, tiny_model
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer import FedBiOTConfig
@@ -14,7 +16,8 @@ from fedbiot_trainer import FedBiOTConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "fedbiot_sft.py"
-YAMLS = sorted((ROOT / "recipes").glob("*/*.yaml"))
+YAMLS = sorted((ROOT / "recipes").glob("**/*.yaml"))
+YAML_NAMES = [f"{path.parent.name}/{path.stem}" for path in YAMLS]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ TEMPLATES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", YAMLS, ids=YAML_NAMES)
 def test_yaml_is_understood(recipe, path, tmp_path):
     flags = ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
     script_args, training_args, model_args = recipe.make_parser().parse_args_and_config(
@@ -69,7 +72,81 @@ def test_yaml_is_understood(recipe, path, tmp_path):
     assert model_args.lora_r > 0
     assert training_args.without_effect() == []
     assert path.read_text().startswith("# Hardware:")
-    assert script_args.task or (script_args.dataset_name and script_args.public_dataset_name)
+    assert script_args.task or script_args.public_dataset_name
+
+
+LANGUAGES = ["C", "C#", "C++", "Go", "Java", "PHP", "Pascal", "Python", "Scala"]
+CATEGORIES = [
+    "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",
+    "open_qa", "summarization",
+]  # fmt: skip
+CLIENTS = {"code": LANGUAGES, "dolly": CATEGORIES, "gsm8k": ["client-0", "client-1", "client-2"]}
+ROSETTA = (
+    "https://raw.githubusercontent.com/sahil280114/codealpaca/d269da106a579a623a654529b3cb91b5dfa9c72f/data/"
+    "rosetta_alpaca.json"
+)
+
+
+def texts(**columns):
+    """12 rows."""
+    return Dataset.from_list([{name: f"{text} {i}" for name, text in columns.items()} for i in range(12)])
+
+
+def texts_by(column, values, **columns):
+    """12 rows for each of `values` in `column`."""
+    return concatenate_datasets([texts(**columns).add_column(column, [value] * 12) for value in values])
+
+
+# In place of the Hub: the columns and splits that the sets have there, by (name, configuration, split).
+HUB = {
+    ("openai/gsm8k", "main", "train"): texts(question="q", answer="a"),
+    ("openai/gsm8k", "main", "test"): texts(question="q", answer="a"),
+    ("tatsu-lab/alpaca", None, "train"): texts(instruction="i", input="", output="o", text="t"),
+    ("sahil2801/CodeAlpaca-20k", None, "train"): texts(instruction="i", input="", output="o"),
+    ("databricks/databricks-dolly-15k", None, "train"): texts_by(
+        "category", CATEGORIES, instruction="i", context="", response="r"
+    ),
+    (ROSETTA, None, "train"): texts_by("input", [*LANGUAGES, "X86-64 Assembly"], instruction="i", output="o"),
+}
+
+
+def load_stub(path, name=None, *, split, data_files=None):
+    if data_files is not None and Path(data_files).is_file():
+        return load_dataset(path, data_files=data_files, split=split)
+    return HUB[data_files or path, name, split]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=YAML_NAMES)
+def test_yaml_runs(recipe, path, tmp_path, tokenizer, monkeypatch):
+    """Every shipped YAML, all but its sizes: data, partition, trainers and a round of one step."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "load_dataset", load_stub)
+    flags = ["--config", path, "--output_dir", "out", "--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
+    for name in ("num_rounds", "local_steps", "initial_alignment_steps", "alignment_steps"):
+        flags += [f"--{name}", 1]
+    flags += ["--teacher_cache_dir", "cache", "--report_to", "none", "--eval_exact_match", "false"]
+    if path.parent.name != "demo":
+        architecture = "qwen3" if "qwen3" in path.stem else "llama"
+        tiny_model(architecture, **ARCHITECTURES[architecture]).save_pretrained("base")
+        tokenizer.save_pretrained("base")
+        flags += ["--model_name_or_path", "base"]
+    script_args, training_args, model_args = recipe.make_parser().parse_args_and_config(list(map(str, flags)))
+    clients = CLIENTS.get(path.parent.name, ["clinic", "library", "shop"])
+    if script_args.client_datasets is not None:
+        clients = [item.partition("=")[0] for item in script_args.client_datasets]
+        files = [item.partition("=")[2] for item in script_args.client_datasets]
+        for file in (*files, script_args.eval_dataset_name, script_args.public_dataset_name):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            sums(0, 4).to_json(file)
+    recipe.main(script_args, training_args, model_args)
+
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert sorted(summary["num_examples"]) == sorted(clients)
+    assert summary["rounds"] == 1
+    assert {"zero_shot", "adap_emu", "adap_fu"} <= set(summary)
+    if script_args.eval_fraction is not None:
+        # 1 of the 12 examples of each value
+        assert set(summary["num_examples"].values()) == {11}
 
 
 def test_llama2_yaml_holds_the_papers_setting(recipe):
@@ -80,6 +157,22 @@ def test_llama2_yaml_holds_the_papers_setting(recipe):
     assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
     assert (script_args.dataset_name, script_args.public_dataset_name) == ("openai/gsm8k", "tatsu-lab/alpaca")
     assert model_args.model_name_or_path == "meta-llama/Llama-2-7b-hf"
+
+
+@pytest.mark.parametrize("folder", ["code", "dolly", "gsm8k"])
+def test_both_models_have_the_same_setting(recipe, folder, tmp_path):
+    """What differs between a task's two YAMLs for GPUs is the model and what its size asks for."""
+    flags = ["--bf16", "false", "--output_dir", str(tmp_path), "--teacher_cache_max_gb", "1"]
+    flags += ["--per_device_eval_batch_size", "1"]
+    llama, qwen = (
+        recipe.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes" / folder / file), *flags])
+        for file in ("llama2_7b.yaml", "qwen3_1_7b.yaml")
+    )
+    assert llama[0] == qwen[0]
+    assert llama[1].to_dict() == qwen[1].to_dict()
+    assert qwen[2].model_name_or_path == "Qwen/Qwen3-1.7B"
+    qwen[2].model_name_or_path = llama[2].model_name_or_path
+    assert llama[2] == qwen[2]
 
 
 def test_demo_stands_in_where_nothing_is_named(recipe):
@@ -134,6 +227,69 @@ def test_one_file_for_each_client(files, tmp_path):
     assert "adap_fu" not in summary
 
 
+def test_held_out_share_of_one_file(recipe, tmp_path):
+    """By column: some values are kept, and of each its share is held out; the same for the same seed."""
+    rows = [
+        {"prompt": f"{v} {i}", "completion": f" {i}", "kind": v}
+        for v, n in {"a": 20, "b": 40, "c": 5}.items()
+        for i in range(n)
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+
+    def load(seed, *more):
+        flags = ["--model_name_or_path", "m", "--dataset_name", tmp_path / "list.json", "--use_cpu", "true", *more]
+        flags += ["--output_dir", tmp_path, "--eval_fraction", 0.1, "--seed", seed]
+        return recipe.load_datasets(*recipe.make_parser().parse_args_and_config(list(map(str, flags)))[:2])
+
+    by_column = ["--partition", "by-column", "--partition_column", "kind", "--partition_values", "b", "a"]
+    loaded = load(0, *by_column)
+    train, heldout = loaded["train_dataset"], loaded["eval_dataset"]
+    assert Counter(train["kind"]) == {"a": 18, "b": 36}
+    assert Counter(heldout["kind"]) == {"a": 2, "b": 4}
+    assert not set(train["prompt"]) & set(heldout["prompt"])
+    assert load(0, *by_column)["eval_dataset"].to_list() == heldout.to_list()
+    assert load(1, *by_column)["eval_dataset"].to_list() != heldout.to_list()
+
+    loaded = load(0)
+    assert (len(loaded["train_dataset"]), len(loaded["eval_dataset"])) == (59, 6)
+
+
+def test_address_of_a_file(recipe, monkeypatch):
+    calls = []
+    monkeypatch.setattr(recipe, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)))
+    recipe.load("https://example.org/x.jsonl", None, "test")
+    recipe.load("owner/name", "main", "test")
+    assert calls == [
+        (("json",), {"data_files": "https://example.org/x.jsonl", "split": "train"}),
+        (("owner/name", "main"), {"split": "test"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--partition_values", "1", "7"],
+            "`partition_values` has 7, but no example has that in `kind`. There is: 1, 2.",
+        ),
+        (
+            ["--partition_column", "color", "--eval_fraction", "0.5"],
+            "`partition_column` is 'color', but `dataset_name` has",
+        ),
+        (["--eval_fraction", "0.1"], "`eval_fraction` is 0.1, which holds out 0 of the 2 examples of '2'"),
+        (["--eval_fraction", "0.9"], "`eval_fraction` is 0.9, which holds out 2 of the 2 examples of '2'"),
+        (["--partition", "iid", "--partition_values", "1"], "`partition_values` is .*, but `partition` is 'iid'"),
+    ],
+)
+def test_data_that_cannot_be_split_so(recipe, tmp_path, flags, message):
+    rows = {"prompt": list("abcdefgh"), "completion": list("abcdefgh"), "kind": [1] * 6 + [2] * 2}
+    Dataset.from_dict(rows).to_json(tmp_path / "data.jsonl")
+    argv = ["--model_name_or_path", "m", "--dataset_name", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path)]
+    argv += ["--use_cpu", "true", "--partition", "by-column", "--partition_column", "kind", *flags]
+    with pytest.raises(ValueError, match=message):
+        recipe.main(*recipe.make_parser().parse_args_and_config(argv))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -145,6 +301,16 @@ def test_one_file_for_each_client(files, tmp_path):
         (
             ["--model_name_or_path", "m", "--dataset_name", "x.jsonl", "--prompt_template", "{question}"],
             "`prompt_template` and `completion_template` belong together",
+        ),
+        (["--eval_fraction", "0.1"], "`eval_fraction` is 0.1, but it is about `dataset_name`, which is not set"),
+        (["--partition_values", "a"], "`partition_values` is .*, but it is about `dataset_name`, which is not set"),
+        (
+            ["--model_name_or_path", "m", "--dataset_name", "x.jsonl", "--eval_fraction", "5"],
+            "`eval_fraction` is 5.0, but it is the share of examples",
+        ),
+        (
+            ["--model_name_or_path", "m", "--dataset_name", "x", "--eval_fraction", "0.1", "--eval_dataset_name", "y"],
+            "`eval_fraction` is 0.1, but `eval_dataset_name` is 'y'",
         ),
         (
             ["--dataset_name", "x.jsonl", "--model_name_or_path", "m", "--partition", "by-column"],
