@@ -1,7 +1,8 @@
 """What a client is given once: emulator + adapter layers as a plain Hugging Face model folder, and two PEFT folders."""
 
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .emulator import keep_weight_layout
 from .lora import CLIENT, EMULATOR, LoraState, SplitModel, add_loras, load_lora, save_lora, set_lora_state
-from .sharding import is_main_process, whole_state_dict
+from .sharding import is_main_process, is_sharded, whole_state_dict
 
 
 MANIFEST = "fedbiot.json"
@@ -146,3 +147,39 @@ class EmulatorPackage:
         set_lora_state(model, CLIENT, self.client_lora)
         set_lora_state(model, EMULATOR, self.emulator_lora)
         return model
+
+    def merged(self) -> PreTrainedModel:
+        """
+        AdapEmu as a plain model: a copy of the model, of its dtype, with both LoRAs in its weights.
+
+        Raises:
+            ValueError: If the model is quantized or sharded, or [`peft_model`] was called before.
+        """
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "`peft_model()` has put the LoRAs on this package's model already. Load the package anew to merge them."
+            )
+        if any(map(is_sharded, self.model.parameters())):
+            raise ValueError(
+                "The package's model is sharded, so no process has whole weights to merge into. Save the package, and "
+                "merge it from its folder in one process."
+            )
+        refuse_merging_quantized(self.model)
+        package = replace(self, model=copy.deepcopy(self.model))
+        return package.peft_model().merge_and_unload(safe_merge=True)
+
+
+def refuse_merging_quantized(model: PreTrainedModel):
+    """
+    Check that LoRAs can be merged into a model's weights.
+
+    Raises:
+        ValueError: If they are quantized.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ValueError(
+            f"The model is quantized with {quantizer.quantization_config.quant_method.value}, and merging a LoRA would "
+            "round the sum to few bits again: another model than the one that was trained. Use it with its LoRAs beside "
+            "the weights, e.g. `EmulatorPackage.load(folder).peft_model()`, or merge them into unquantized weights."
+        )

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fedbiot_trainer import ClientSFTTrainer, EmulatorAlignmentTrainer, EmulatorPackage, FederatedRunner
 from fedbiot_trainer.emulator import build_emulator, split_layers
 from fedbiot_trainer.evaluation import evaluate_loss
-from fedbiot_trainer.lora import SplitModel, get_lora_state, set_trainable_lora
+from fedbiot_trainer.lora import SplitModel, get_lora_state, save_lora, set_trainable_lora
+from fedbiot_trainer.merge import merge
 from fedbiot_trainer.report import count_parameters
 
 
@@ -133,6 +134,17 @@ def test_package_round_trip(load, quantization, pre_quantized, batch, tmp_path):
     package = EmulatorPackage.load(path)
     assert torch.equal(logits(package.model, batch), logits(models.package_model, batch))
     assert torch.equal(logits(package.peft_model(), batch), expected)
+
+
+def test_merging_into_quantized_weights_is_refused(load, quantization, folder, tmp_path):
+    models = SplitModel(load(quantization()), 2, 0.5, LORA)
+    package = saved(models, tmp_path / "package")
+    client_lora = tmp_path / "client_lora"
+    save_lora(client_lora, models.full.peft_config["client"], get_lora_state(models.full, "client"), folder)
+    method = models.package_model.hf_quantizer.quantization_config.quant_method.value
+    for path, options in ((package, {}), (client_lora, {"quantization_config": quantization()})):
+        with pytest.raises(ValueError, match=f"The model is quantized with {method}, and merging a LoRA would round"):
+            merge(path, tmp_path / "out", **options)
 
 
 def test_run_on_a_quantized_model(make_args, folder, quantization, tmp_path):
