@@ -40,6 +40,7 @@ setup(
         "deepspeed": DEEPSPEED,
         "quantization": QUANTIZATION,
         "evaluate": ["evaluate>=0.4.6"],
+        "lm_eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "test": TEST,
         "quality": QUALITY,
         "dev": TEST + QUALITY,

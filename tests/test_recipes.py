@@ -16,7 +16,7 @@ from fedbiot_trainer import FedBiOTConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "fedbiot_sft.py"
-YAMLS = sorted((ROOT / "recipes").glob("**/*.yaml"))
+YAMLS = sorted(path for path in (ROOT / "recipes").glob("**/*.yaml") if path.parent.name != "lm_eval")
 YAML_NAMES = [f"{path.parent.name}/{path.stem}" for path in YAMLS]
 
 
