@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow quality style clean
+.PHONY: install demo test test-slow test-lm-eval quality style clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,13 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# In an environment of its own: lm_eval brings some thirty packages.
+test-lm-eval:
+	test -x $(VENV)-lm-eval/bin/python || python3 -m venv $(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -e ".[lm_eval]" pytest
+	$(VENV)-lm-eval/bin/python -m pytest tests/test_lm_eval.py
+
 quality: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -37,4 +44,4 @@ style: install
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-lm-eval outputs build *.egg-info
