@@ -17,11 +17,12 @@ setup(
     keywords="federated-learning llm fine-tuning lora peft trl transformers privacy",
     license_expression="Apache-2.0",
     packages=find_packages(include=["fedbiot_trainer", "fedbiot_trainer.*"]),
-    package_data={"fedbiot_trainer": ["py.typed", "templates/*.md"]},
+    package_data={"fedbiot_trainer": ["py.typed", "templates/*.md", "metrics/*/*.py"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.15,<2",
         "datasets>=5.2,<6",
+        "evaluate>=0.4.6",
         "huggingface_hub>=2.0,<3",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -39,7 +40,6 @@ setup(
     extras_require={
         "deepspeed": DEEPSPEED,
         "quantization": QUANTIZATION,
-        "evaluate": ["evaluate>=0.4.6"],
         "lm_eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "test": TEST,
         "quality": QUALITY,
