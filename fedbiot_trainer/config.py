@@ -96,11 +96,18 @@ class FedBiOTConfig(SFTConfig):
 
         eval_rounds (`int`, *optional*, defaults to `1`):
             Evaluate AdapEmu and AdapFu every this many rounds (and always after the last). 0 evaluates only then.
-        eval_exact_match (`bool`, *optional*, defaults to `False`):
-            Whether the final evaluation also generates greedily from the prompts of the evaluation set
-            (prompt-completion form) and counts completions that are equal to the reference.
+        eval_metric (`str`, *optional*):
+            Metric of the final evaluation, which then generates greedily from the prompts of the evaluation set:
+            `"exact_match"`, `"gsm8k_accuracy"` (the final number), `"pass_at_k"` (runs what was generated, in a sandbox;
+            needs the environment variable `HF_ALLOW_CODE_EVAL=1`), or whatever else `evaluate.load` takes, such as the
+            folder of a module of yours, if it compares `predictions` with `references`.
+        eval_reference_column (`str`, *optional*, defaults to `"completion"`):
+            Column of the evaluation set that holds the references of `eval_metric`. For `"pass_at_k"` the one with the
+            tests (Python code). Where an `entry_point` column names the function to write, as in HumanEval, the prompt
+            is the start of the program, the program ends before the first line that the completion does not indent,
+            and the tests end with `check(<entry point>)`.
         eval_max_new_tokens (`int`, *optional*, defaults to `64`):
-            Tokens to generate at most per prompt for `eval_exact_match`.
+            Tokens to generate at most per prompt for `eval_metric`.
         eval_drift (`bool`, *optional*, defaults to `False`):
             Whether evaluations also measure how far the emulator is from the full model on the evaluation set: the two
             terms of the alignment loss, as `drift_l2` and `drift_kl` in `rounds.jsonl`.
@@ -207,9 +214,16 @@ class FedBiOTConfig(SFTConfig):
     eval_rounds: int = field(
         default=1, metadata={"help": "Evaluate every this many rounds and after the last; 0: only after the last."}
     )
-    eval_exact_match: bool = field(
-        default=False,
-        metadata={"help": "Generate greedily at the end and count completions equal to the reference."},
+    eval_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "Generate greedily at the end and compare with the references: exact_match, gsm8k_accuracy, pass_at_k "
+            "(runs the generated code, needs HF_ALLOW_CODE_EVAL=1), or what evaluate.load takes, such as a folder."
+        },
+    )
+    eval_reference_column: str = field(
+        default="completion",
+        metadata={"help": "Column with the references of eval_metric; for pass_at_k, with the tests."},
     )
     eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens to generate at most per prompt."})
     eval_drift: bool = field(

@@ -16,6 +16,8 @@ ROWS = {
     "adap_emu": "AdapEmu (what clients run)",
     "adap_fu": "AdapFu (full model)",
 }
+# Metrics to show in percent.
+SHARES = ("token_accuracy", "exact_match", "gsm8k_accuracy", "pass_at_")
 COLORS = {"zero_shot": "#7f7f7f", "adap_emu": "#d95f02", "adap_fu": "#1b6ca8"}
 
 
@@ -112,7 +114,7 @@ def result_table(summary: dict) -> Table:
 
 
 def _number(metric: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" if metric == "loss" else f"{value:{sign}.1%}"
+    return f"{value:{sign}.1%}" if metric.startswith(SHARES) else f"{value:{sign}.4f}"
 
 
 def format_bytes(size: float) -> str:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .callbacks import RunProgress, no_progress_bars, reported, timed
 from .client import ClientSFTTrainer, FederatedClient
 from .config import FedBiOTConfig
-from .evaluation import Evaluator
+from .evaluation import Evaluator, TextMetric
 from .package import load_model
 from .partition import name_client_datasets
 from .payload import PayloadError
@@ -94,8 +94,7 @@ class FederatedRunner:
         self.args = args
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config._name_or_path)
         client_datasets = name_client_datasets(client_datasets, train_dataset, args)
-        if args.eval_exact_match and eval_dataset is None:
-            raise ValueError("`eval_exact_match` is set, but `eval_dataset` is None, so there are no prompts.")
+        text_metric = TextMetric(args, eval_dataset) if args.eval_metric is not None else None
 
         set_seed(args.seed)
         with no_progress_bars():
@@ -122,7 +121,7 @@ class FederatedRunner:
             }
             self.evaluator = None
             if eval_dataset is not None:
-                self.evaluator = Evaluator(self.server.split_model, self.trainer, eval_dataset)
+                self.evaluator = Evaluator(self.server.split_model, self.trainer, eval_dataset, text_metric)
         for trainer in filter(None, (self.trainer, self.server.trainer)):
             trainer.remove_callback(PrinterCallback)
 
@@ -321,12 +320,12 @@ class FederatedRunner:
 
         Returns:
             `dict`: `zero_shot`, `adap_emu` and `adap_fu`, each with `loss`, `token_accuracy` and, with
-            `args.eval_exact_match`, `exact_match`. Empty without an `eval_dataset`.
+            `args.eval_metric`, what that metric returns. Empty without an `eval_dataset`.
         """
         if self.evaluator is None:
             return {}
         self.server.load()
-        generate = self.args.eval_exact_match
+        generate = self.args.eval_metric is not None
         return {"zero_shot": self.evaluator.zero_shot(generate), **self.evaluator.adapted(generate)}
 
     def save_model(self):

@@ -1,5 +1,6 @@
 import os
 import tempfile
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "fedbiot-trainer-tests")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import evaluate
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +16,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import fedbiot_trainer
 from fedbiot_trainer import FedBiOTConfig, FederatedRunner
 
 
@@ -136,3 +139,16 @@ def batch():
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, 7:] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.fixture
+def pass_at_k(monkeypatch):
+    """The metric that runs code, allowed to."""
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    folder = Path(fedbiot_trainer.__file__).parent / "metrics" / "pass_at_k"
+    metric = evaluate.load(str(folder), keep_in_memory=True)
+    try:
+        metric.compute(predictions=["x = 1"], references=["assert x"])
+    except RuntimeError as error:
+        pytest.skip(f"this machine cannot run a sandbox: {error}")
+    return metric

@@ -62,7 +62,7 @@ def run_recipe(files, folder, batch_sizes, config=None, **settings):
         "num_rounds": 3, "local_steps": 3, "initial_alignment_steps": 4, "alignment_steps": 2, "lora_dropout": 0.0,
         "per_device_train_batch_size": batch_sizes[0], "alignment_batch_size": batch_sizes[1], "learning_rate": 2e-3,
         "alignment_learning_rate": 2e-3, "proximal_weight": 0.5, "report_to": "none", "use_cpu": "true",
-        "eval_exact_match": "true", "eval_max_new_tokens": 3, "teacher_cache_dir": folder / "cache", **settings,
+        "eval_metric": "exact_match", "eval_max_new_tokens": 3, "teacher_cache_dir": folder / "cache", **settings,
     }  # fmt: skip
     result = launch(
         ROOT / "recipes" / "fedbiot_sft.py", "--model_name_or_path", files / "base", "--output_dir", folder / "out",
@@ -147,6 +147,23 @@ def test_fsdp2_with_mixed_precision(files, tmp_path, one_process):
     for record, one in zip(records, expected, strict=True):
         for name in ("alignment_l2", "alignment_kl", "adap_emu_loss", "adap_fu_loss", "client_losses"):
             assert record[name] == pytest.approx(one[name], rel=2e-2), name
+
+
+@pytest.mark.usefixtures("pass_at_k")
+def test_metrics_of_two_processes_are_those_of_one(files, tmp_path):
+    """The texts of both, in the order of the data, compared by one. 5 batches: one process runs the last for nothing."""
+    script = Path(__file__).parent / "metric_run.py"
+    results = []
+    for config in (None, "ddp"):
+        folder = tmp_path / str(config)
+        flags = ["--folder", folder, "--model", files / "base", "--data", files / "test.jsonl"]
+        result = launch(script, *flags, config=config)
+        assert result.returncode == 0, result.stderr[-5000:]
+        results += [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    one, *two = results
+    assert two == [one, one]
+    assert len(set(one["completions"])) > 3
+    assert (one["order"]["length"], one["order"]["rank"], one["pass_at_k"]) == (9, 0, {"pass_at_1": 0.5})
 
 
 @pytest.mark.parametrize("name, value", [("fsdp_version", 1), ("cpu_ram_efficient_loading", True)])

@@ -57,6 +57,13 @@ def test_result_shows_gain_and_gap():
     assert "-0.5000" in gap and "+35.0%" in gap
 
 
+def test_only_shares_are_shown_in_percent():
+    metrics = {"loss": 1.0, "token_accuracy": 0.5, "pass_at_10": 0.25, "bleu_length": 2.0}
+    shown = text(result_table(dict.fromkeys(("zero_shot", "adap_emu", "adap_fu"), metrics)))
+    [row] = [line for line in shown.splitlines() if "zero-shot full model" in line]
+    assert row.split()[-7::2] == ["1.0000", "50.0%", "25.0%", "2.0000"]
+
+
 def test_result_lines(tmp_path):
     lines = result_lines(SUMMARY, tmp_path)
     assert lines[1] == "bytes: 2.5 MB down and 900 B up in 7 rounds, 12.0 kB once to each client"

@@ -7,12 +7,16 @@ import sys
 import pytest
 import torch
 from conftest import sums, tiny_model
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
 from trl import SFTConfig, SFTTrainer
 
 from fedbiot_trainer import ClientUpdate, FedBiOTConfig, FederatedRunner, PayloadError, RoundStart
 from fedbiot_trainer.lora import get_lora_state, set_lora_state
+
+
+WORDS = Dataset.from_dict({"prompt": ["a="], "completion": ["b"]})
 
 
 def rounds_of(runner):
@@ -42,7 +46,7 @@ def run(tmp_path_factory, request):
     tokenizer.save_pretrained(folder / "base")
     args = FedBiOTConfig(
         str(folder / "out"), num_rounds=3, local_steps=4, initial_alignment_steps=5, alignment_steps=2,
-        per_device_train_batch_size=4, learning_rate=1e-2, eval_exact_match=True, report_to="tensorboard", use_cpu=True,
+        per_device_train_batch_size=4, learning_rate=1e-2, eval_metric="exact_match", report_to="tensorboard", use_cpu=True,
     )  # fmt: skip
     runner = FederatedRunner(
         str(folder / "base"), args, {"north": sums(0, 8), "south": sums(8, 12)}, public_dataset=sums(40, 50),
@@ -488,18 +492,85 @@ def test_fully_masked_client_dataset(make_runner):
         ({"emulator_drop_ratio": 1.0}, "`emulator_drop_ratio` is 1.0"),
         ({"num_adapter_layers": 8}, "`num_adapter_layers` is 8"),
         ({"peft_config": LoraConfig(target_modules=["nothing"])}, "matches no linear layer"),
-        ({"eval_exact_match": True, "eval_dataset": None}, "`eval_exact_match` is set, but `eval_dataset` is None"),
         (
-            {"eval_exact_match": True, "eval_dataset": sums(0, 2).rename_column("completion", "answer")},
-            "`eval_dataset` has no plain `prompt` and `completion`",
+            {"eval_metric": "exact_match", "eval_dataset": None},
+            "`eval_metric` is 'exact_match', but `eval_dataset` is None",
+        ),
+        (
+            {"eval_metric": "exact_match", "eval_dataset": sums(0, 0)},
+            "`eval_metric` is 'exact_match', but `eval_dataset` is empty",
+        ),
+        (
+            {"eval_metric": "exact_match", "eval_dataset": sums(0, 2).rename_column("prompt", "question")},
+            "`eval_dataset` has no plain `prompt` column",
+        ),
+        (
+            {"eval_metric": "exact_match", "eval_reference_column": "answer"},
+            "`eval_reference_column` is 'answer', but `eval_dataset` has no such column .it has: prompt, completion",
+        ),
+        ({"eval_metric": "no/such/metric"}, "`eval_metric` is 'no/such/metric', which cannot be loaded"),
+        ({"eval_metric": "no_such_metric"}, "`eval_metric` is 'no_such_metric', which cannot be loaded"),
+        ({"eval_metric": "pass_at_k"}, "set the environment variable HF_ALLOW_CODE_EVAL"),
+        (
+            {"eval_metric": "gsm8k_accuracy", "eval_reference_column": "prompt", "eval_dataset": WORDS},
+            r"`references\[0\]` is 'a=', which has no final answer",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_input_is_refused_before_training(make_runner, tmp_path, settings, message):
+def test_bad_input_is_refused_before_training(make_runner, tmp_path, settings, message, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(ValueError, match=message):
         make_runner(**settings)
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+# A module of the user's own.
+LENGTHS = """
+import datasets
+import evaluate
+
+
+class Lengths(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return RESULT
+"""
+
+
+def lengths(folder, result):
+    (folder / "lengths").mkdir()
+    (folder / "lengths" / "lengths.py").write_text(LENGTHS.replace("RESULT", result))
+    return str(folder / "lengths")
+
+
+def test_metric_of_the_users(make_runner, tmp_path):
+    result = "{'number': len(references), 'all': list(map(len, references)), 'loss': -1.0}"
+    summary = make_runner(num_rounds=1, eval_metric=lengths(tmp_path, result), eval_max_new_tokens=2).train()
+    for name in ("zero_shot", "adap_emu", "adap_fu"):
+        assert list(summary[name]) == ["loss", "token_accuracy", "number"]
+        assert summary[name]["number"] == 15
+        assert summary[name]["loss"] > 0
+
+
+def test_metric_without_a_number(make_runner, tmp_path):
+    with pytest.raises(
+        ValueError, match="`eval_metric` is '.*lengths', but for the first example it returns no number"
+    ):
+        make_runner(eval_metric=lengths(tmp_path, "{'all': references, 'loss': 1.0}"))
+
+
+@pytest.mark.usefixtures("pass_at_k")
+def test_generated_code_is_run(make_runner):
+    """The prompt would pass the tests, and no completion of this model's does."""
+    rows = {"prompt": ["x=1"] * 2, "completion": ["2"] * 2, "test_list": [["assert x == 1"], ["assert x", "assert 1"]]}
+    settings = {"eval_metric": "pass_at_k", "eval_reference_column": "test_list", "eval_max_new_tokens": 3}
+    summary = make_runner(num_rounds=1, eval_dataset=Dataset.from_dict(rows), **settings).train()
+    assert [summary[name]["pass_at_1"] for name in ("zero_shot", "adap_emu", "adap_fu")] == [0, 0, 0]
 
 
 def test_tokenizer_larger_than_the_embedding(make_runner):
