@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from peft import LoraConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -250,20 +251,44 @@ def _cell(values: dict | None, metric: str) -> str:
     return f"{scale * average:.{digits}f} ± {scale * deviation:.{digits}f}"
 
 
+def report(results: list[dict], folder: Path, console: Console):
+    """Write and show the cells' results, the table of their means and the figures."""
+    rows = aggregate(results)
+    header, *body = table_cells(rows)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    plot_comparison(rows, results, folder / "comparison.png")
+    if any(row["method"] in ABLATION for row in rows):
+        plot_ablation(rows, folder / "ablation.png")
+    columns = [Column(name, justify="right" if i else "left", no_wrap=i == 0) for i, name in enumerate(header)]
+    table = Table(*columns, show_edge=False)
+    for line in body:
+        table.add_row(*line)
+    console.width = max(console.width, 150)
+    console.print(table)
+    console.print(f"results in {folder}", **PLAIN)
+
+
 def plot_comparison(rows: list[dict], results: list[dict], file: Path):
     """AdapEmu and AdapFu of each method; AdapFu against a client's FLOPs; the emulator's drift over the rounds."""
     metric, _ = _score({name: values[0] for name, values in rows[0]["adap_fu"].items()})
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     bars, costs, drift = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
     label = metric.replace("_", " ") if metric != "loss" else "loss (nats per token)"
-    _bars(bars, rows, metric, label)
+    rows = [row for row in rows if row["method"] not in ABLATION] or rows
+    one_beta = len({row["beta"] for row in rows} - {None}) == 1
+    _bars(bars, rows, metric, label, one_beta)
     trained = [row for row in rows if row["client_flops"]]
     for marker, row in zip("osD^vP*Xhd<>" * 3, trained, strict=False):
         average, deviation = row["adap_fu"][metric]
         costs.errorbar(
-            row["client_flops"] / 1e12, average, deviation, marker=marker, capsize=3, label=_name(row), ls=""
+            row["client_flops"] / 1e12, average, deviation, marker=marker, capsize=3, label=_name(row, one_beta), ls=""
         )
     costs.set(title="AdapFu against a client's work", xlabel="TFLOPs of a client", ylabel=label, xscale="log")
+    costs.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    costs.xaxis.set_major_formatter("{x:g}")
+    costs.xaxis.set_minor_formatter(NullFormatter())
     if trained:
         costs.legend(frameon=False, fontsize=7)
     for method, style in zip(DRIFT, ("-", "--"), strict=True):
@@ -276,7 +301,7 @@ def plot_comparison(rows: list[dict], results: list[dict], file: Path):
             color = COLORS["adap_fu"] if beta == max(r["beta"] or 0 for r in results) else COLORS["adap_emu"]
             means = [mean(values) for values in by_round.values()]
             drift.plot(list(by_round), means, style, color=color, label=f"{name}, beta {beta}")
-    drift.set(title="Emulator against full model, private text", xlabel="round", ylabel="KL (nats per token)")
+    drift.set(title="Drift on private text", xlabel="round", ylabel="KL from the full model (nats per token)")
     if drift.lines:
         drift.legend(frameon=False, fontsize=8)
         drift.set_ylim(bottom=0)
@@ -290,22 +315,24 @@ def plot_ablation(rows: list[dict], file: Path):
     axes = figure.subplots()
     beta = max(row["beta"] for row in rows if row["method"] in ABLATION)
     chosen = [row for row in rows if row["method"] in ("fedbiot", *ABLATION) and row["beta"] == beta]
-    _bars(axes, chosen, metric, metric.replace("_", " ") if metric != "loss" else "loss (nats per token)")
+    label = metric.replace("_", " ") if metric != "loss" else "loss (nats per token)"
+    _bars(axes, chosen, metric, label, one_beta=True)
     _save(figure, (axes,), file)
 
 
-def _name(row: dict) -> str:
-    return row["method"].replace("_", " ") + ("" if row["beta"] is None else f" ({row['beta']})")
+def _name(row: dict, one_beta: bool) -> str:
+    return row["method"].replace("_", " ") + ("" if one_beta or row["beta"] is None else f" ({row['beta']})")
 
 
-def _bars(axes, rows: list[dict], metric: str, label: str):
+def _bars(axes, rows: list[dict], metric: str, label: str, one_beta: bool):
     for offset, key, name in ((-0.2, "adap_emu", "AdapEmu"), (0.2, "adap_fu", "AdapFu")):
         points = [(i + offset, *row[key][metric]) for i, row in enumerate(rows) if key in row]
         places, averages, deviations = zip(*points, strict=True)
         axes.bar(places, averages, 0.4, yerr=deviations, capsize=3, color=COLORS[key], label=name)
-    axes.set_xticks(range(len(rows)), [_name(row) for row in rows], rotation=35, ha="right", fontsize=8)
-    axes.set(title="Held-out private text", ylabel=label)
-    axes.legend(frameon=False, loc="lower right" if metric == "loss" else "best")
+    axes.set_xticks(range(len(rows)), [_name(row, one_beta) for row in rows], rotation=35, ha="right", fontsize=8)
+    axes.set_ylabel(label)
+    axes.set_title("Held-out private text", loc="left", fontweight="bold")
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.99), borderpad=0)
 
 
 def _save(figure: Figure, all_axes: tuple, file: Path):
@@ -351,22 +378,7 @@ def main(argv: list[str] | None = None):
         sys.exit("Interrupted: the same command goes on from here.")
     results = [read_cell(cell, args) for cell in cells if is_done(cell, args, flags)]
     if results:
-        rows = aggregate(results)
-        (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        header, *body = table_cells(rows)
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-        (args.output_dir / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-        table = Table(
-            *(Column(name, justify="right" if i else "left") for i, name in enumerate(header)), show_edge=False
-        )
-        for line in body:
-            table.add_row(*line)
-        plot_comparison(rows, results, args.output_dir / "comparison.png")
-        if any(row["method"] in ABLATION for row in rows):
-            plot_ablation(rows, args.output_dir / "ablation.png")
-        console.width = max(console.width, 150)
-        console.print(table)
-        console.print(f"results in {args.output_dir}", **PLAIN)
+        report(results, args.output_dir, console)
     if errors:
         sys.exit("\n\n".join(errors))
 
