@@ -359,6 +359,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, flags = parser.parse_known_args(argv)
     if args.jobs < 1:
         parser.error(f"`--jobs` is {args.jobs}, but at least 1 cell must run at a time.")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        parser.error(f"`--betas` is {args.betas}, but shares of layers to drop must be in [0, 1).")
     args.config = args.config or RECIPES / TASKS[args.task]
     args.task = args.task or args.config.parent.name
     if not args.config.is_file():

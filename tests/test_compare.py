@@ -101,7 +101,11 @@ def test_other_settings_are_not_mixed_in(run_compare):
 
 
 def test_what_cannot_work(run_compare, capsys):
-    for flags, message in ((["--jobs", "0"], "`--jobs` is 0"), (["--methods", "fedavg"], "invalid choice: 'fedavg'")):
+    for flags, message in (
+        (["--jobs", "0"], "`--jobs` is 0"),
+        (["--betas", "0.5", "1.0"], r"`--betas` is [0.5, 1.0]"),
+        (["--methods", "fedavg"], "invalid choice: 'fedavg'"),
+    ):
         with pytest.raises(SystemExit):
             run_compare(*flags)
         assert message in capsys.readouterr().err
