@@ -74,6 +74,11 @@ class EmulatorAlignmentTrainer(RoundTrainer):
                 raise ValueError(f"`{given}` was passed with a `SplitModel`, which has its LoRAs. Leave it out.")
         else:
             model = split_model(model, args, peft_config, emulator_peft_config)
+        if not model.split.kept:
+            raise ValueError(
+                f"`num_adapter_layers` is {args.num_adapter_layers}, which takes all layers, so there is no emulator to "
+                "align. Leave some layers to it."
+            )
         self.split_model = model
         model.move(args.device, args.offload_full_model)
         args = args.alignment_arguments()

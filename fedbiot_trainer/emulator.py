@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .config import ALL_LAYERS
 from .sharding import whole_shape
 
 
@@ -152,7 +153,9 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
-def split_layers(model: PreTrainedModel, num_adapter_layers: int, drop_ratio: float, bottom: int = 0) -> EmulatorSplit:
+def split_layers(
+    model: PreTrainedModel, num_adapter_layers: int, drop_ratio: float, num_adapter_layers_bottom: int = 0
+) -> EmulatorSplit:
     """
     Decide the split of `model`.
 
@@ -160,14 +163,15 @@ def split_layers(model: PreTrainedModel, num_adapter_layers: int, drop_ratio: fl
         model (`PreTrainedModel`): The full model.
         num_adapter_layers (`int`): Layers nearest to the output that clients train; -1 for all layers of the model.
         drop_ratio (`float`): Share of the layers between the adapter layers to drop, in `[0, 1)`.
-        bottom (`int`, *optional*, defaults to `0`): Layers nearest to the input that clients train.
+        num_adapter_layers_bottom (`int`, *optional*, defaults to `0`): Layers nearest to the input that clients train.
 
     Raises:
         ValueError: If the adapter layers leave no layer for the emulator, or the model cannot be split.
     """
     name, layers = find_decoder_layers(model)
-    if num_adapter_layers == -1:
+    if num_adapter_layers == ALL_LAYERS:
         return EmulatorSplit(name, len(layers), len(layers), ())
+    bottom = num_adapter_layers_bottom
     num_emulator_layers = len(layers) - num_adapter_layers - bottom
     if num_emulator_layers < 1:
         and_bottom = f" and `num_adapter_layers_bottom` is {bottom}" if bottom else ""

@@ -108,9 +108,10 @@ def folded_loras(model: PeftModel, adapter: str) -> Iterator[None]:
     Run the layers with the LoRA `adapter`, which must not change in the block, as one product each. The frozen weights
     are not touched: the sums stand beside them. Only for float32, where a sum loses nothing of a small LoRA.
     """
-    layers = [m for m in model.modules() if isinstance(m, FusedLoraLinear) and m._is_plain() and adapter in m.lora_A]
+    layers = [m for m in model.modules() if isinstance(m, FusedLoraLinear) and adapter in m.lora_A]
+    layers = [layer for layer in layers if type(layer.get_base_layer()) is nn.Linear]
     try:
-        for layer in layers:
+        for layer in layers:  # whether the sum may be used is asked at each forward pass
             weight = layer.get_base_layer().weight
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             if weight.dtype == a.dtype == torch.float32:

@@ -308,6 +308,13 @@ def test_alignment_with_a_folded_client_lora(make_alignment, monkeypatch, teache
         torch.testing.assert_close(lora[name], tensor, rtol=0, atol=1e-4)
 
 
+def test_no_emulator_to_align(make_alignment):
+    with pytest.raises(
+        ValueError, match="`num_adapter_layers` is -1, which takes all layers, so there is no emulator"
+    ):
+        make_alignment(num_adapter_layers=-1)
+
+
 def test_nothing_to_align_when_nothing_is_dropped(make_alignment, batch):
     trainer = make_alignment(emulator_drop_ratio=0.0)
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == 0
