@@ -152,8 +152,8 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> dict:
     summary = {
         key: _means([s[key] for s in summaries.values()]) for key in (*ROWS, "bytes", "seconds") if key in first
     }
-    shared = ("split", "rounds", "parameters", "tokens_per_example", "settings", "peft_config", "versions")
-    summary |= {key: first[key] for key in shared}
+    shared = ("split", "rounds", "parameters", "num_public_examples", "tokens_per_example")
+    summary |= {key: first[key] for key in (*shared, "settings", "peft_config", "versions")}
     summary["clients"] = {name: {key: s[key] for key in ROWS if key in s} for name, s in summaries.items()}
     if args.process_index == 0:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The round loop in one process: server -> payload -> client -> payload -> server."""
+"""The round loop: server -> payload -> client -> payload -> server."""
 
 import random
 import time
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 
 class FederatedRunner:
     """
-    Runs FedBiOT in one process: one [`FederatedServer`] and simulated [`FederatedClient`]s that exchange payloads.
+    Runs FedBiOT: one [`FederatedServer`] and simulated [`FederatedClient`]s that exchange payloads.
 
     Args:
         model (`str` or `PreTrainedModel`):
@@ -131,13 +131,8 @@ class FederatedRunner:
             max_steps=args.num_rounds, is_world_process_zero=main, is_local_process_zero=local_main
         )
         trackers = [callback() for callback in get_reporting_integration_callbacks(args.report_to)]
-        self.callback_handler = CallbackHandler(
-            [DefaultFlowCallback(), *trackers, *(callbacks or [])],
-            model,
-            processing_class,
-            optimizer=None,
-            lr_scheduler=None,
-        )
+        callbacks = [DefaultFlowCallback(), *trackers, *(callbacks or [])]
+        self.callback_handler = CallbackHandler(callbacks, model, processing_class, optimizer=None, lr_scheduler=None)
         self.control = self.callback_handler.on_init_end(args, self.state, TrainerControl())
         self.summary: dict = {}
 
@@ -189,13 +184,15 @@ class FederatedRunner:
             progress.phase(self.state.global_step, "evaluating")
             results = self.evaluate()
 
+        public = [self.server.trainer.train_dataset] if self.server.trainer is not None else []
         self.summary = {
             **self.folder.summarize(self.server, results, bytes_once, time.perf_counter() - started),
             "parameters": parameters,
             "num_examples": {name: client.num_examples for name, client in self.clients.items()},
+            "num_public_examples": len(public[0]) if public else 0,
             "tokens_per_example": {
                 "clients": mean_length(client.train_dataset for client in self.clients.values()),
-                "public": None if self.server.trainer is None else mean_length([self.server.trainer.train_dataset]),
+                "public": mean_length(public) if public else None,
             },
             "initial_alignment": initial,
         }

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from peft import LoraConfig
@@ -91,12 +92,20 @@ def is_done(cell: Cell, args: argparse.Namespace, flags: list[str]) -> bool:
     file = args.output_dir / str(cell) / "cell.json"
     if not file.is_file():
         return False
-    if json.loads(file.read_text())["flags"] != [str(args.config), *flags]:
+    made, now = json.loads(file.read_text()), made_with(args, flags)
+    if made != now:
+        (old, flags_then), (new, _) = made.values(), now.values()
+        changed = sorted(name for name in old | new if old.get(name) != new.get(name))
         raise ValueError(
-            f"`output_dir` is '{args.output_dir}', in which {cell} was made with other settings "
-            f"({json.loads(file.read_text())['flags']}). Choose another folder, or delete that one."
+            f"`output_dir` is '{args.output_dir}', in which {cell} was made with other settings (flags {flags_then}, "
+            f"changed in the YAML: {changed}). Choose another folder, or delete that one."
         )
     return True
+
+
+def made_with(args: argparse.Namespace, flags: list[str]) -> dict:
+    """What makes a cell's result besides its method, drop ratio and seed: the recipe's settings and the flags."""
+    return {"config": yaml.safe_load(args.config.read_text()), "flags": flags}
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: set[subprocess.Popen]) -> str | None:
@@ -113,7 +122,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: se
     if process.returncode != 0:
         last_lines = "\n".join((folder / "log.txt").read_text().splitlines()[-5:])
         return f"{cell} failed ({folder / 'log.txt'}):\n{last_lines}"
-    (folder / "cell.json").write_text(json.dumps({"flags": [str(args.config), *flags]}) + "\n")
+    (folder / "cell.json").write_text(json.dumps(made_with(args, flags)) + "\n")
     return None
 
 
@@ -196,7 +205,8 @@ def _flops(summary: dict, folder: Path) -> dict[str, int]:
     known = {name: settings[name] for name in names if settings[name] is not None}
 
     def costs(length):
-        return plan(base, FedBiOTConfig(**{**known, "max_length": max(2, round(length))}, use_cpu=True), lora)
+        args = FedBiOTConfig(**{**known, "max_length": max(2, round(length))}, use_cpu=True)
+        return plan(base, args, lora, public_examples=summary["num_public_examples"] or 1)
 
     client = costs(lengths["clients"])["clients"]["fedbiot"]["flops_per_round"] * summary["rounds"]
     server = 0

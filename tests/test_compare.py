@@ -100,6 +100,19 @@ def test_other_settings_are_not_mixed_in(run_compare):
         run_compare("--methods", "fedbiot", "--num_rounds", "4")
 
 
+def test_an_edited_yaml_is_not_mixed_in(compare, tmp_path):
+    args, _ = compare["parse_args"](["--task", "demo", "--output_dir", str(tmp_path)])
+    args.config, cell = tmp_path / "own.yaml", compare["Cell"]("fedbiot", 0.5, 0)
+    args.config.write_text("num_rounds: 3\n")
+    (tmp_path / str(cell)).mkdir()
+    (tmp_path / str(cell) / "cell.json").write_text(json.dumps(compare["made_with"](args, [])))
+    args.config.write_text("num_rounds: 3  # a comment changes nothing\n")
+    assert compare["is_done"](cell, args, [])
+    args.config.write_text("num_rounds: 4\n")
+    with pytest.raises(ValueError, match=r"changed in the YAML: \['num_rounds'\]"):
+        compare["is_done"](cell, args, [])
+
+
 def test_what_cannot_work(run_compare, capsys):
     for flags, message in (
         (["--jobs", "0"], "`--jobs` is 0"),
