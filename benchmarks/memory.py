@@ -6,6 +6,8 @@ Everything is run in a process of its own, and compared is the peak of its resid
 - `client step`: local steps on an emulator package, against full-model LoRA SFT (TRL's `SFTTrainer`, LoRA of the same
   rank on the same modules of all layers) with the same batches, with and without activation checkpointing. Both start
   from a model on disk; what the process holds before it loads a model is taken off.
+- `alignment`: alignment steps from the store of hidden states, with the layers that only the full model has taken off
+  the device (here: freed) as `offload_full_model` does, against the same steps with them on it.
 - `num_clients`: runs of a `FederatedRunner`, one series with the same number of training examples in all, the other
   with the same number for each client.
 - Addresses: how many of the emulator's bytes are the full model's own.
@@ -26,6 +28,7 @@ from common import parser, random_llama, show, spread, token_dataset, word_token
 
 TARGET = 1.03
 STEPS = ("client step", "full-model LoRA, checkpointed", "full-model LoRA")
+ALIGNMENT = ("alignment, full model off the device", "alignment, full model on it")
 SERIES = {"examples in all": (1200, None), "examples per client": (None, 4)}
 
 
@@ -120,6 +123,42 @@ def train_steps(args) -> dict:
         return {"weights_mb": weights, "peak_mb": peak_mb() - before}
 
 
+def align_steps(args) -> dict:
+    """Three alignment steps from the store of hidden states, in this process."""
+    from peft import LoraConfig
+
+    from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig
+
+    data, tokenizer = token_dataset(24, 128, args.vocab_size), word_tokenizer(args.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        before = peak_mb()
+        config = FedBiOTConfig(
+            folder,
+            initial_alignment_steps=3,
+            alignment_steps=0,
+            alignment_batch_size=8,
+            emulator_drop_ratio=0.5,
+            teacher_cache_dir=folder,
+            report_to="none",
+            save_strategy="no",
+        )
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        # Not from the file: a loaded layer is a view of it and frees nothing.
+        model = random_llama(args.step_hidden_size, args.step_num_layers, args.vocab_size)
+        trainer = EmulatorAlignmentTrainer(model, config, data, processing_class=tokenizer, peft_config=lora)
+        del model
+        trainer.prepare_teacher()
+        full, split = trainer.split_model.full, trainer.split_model.split
+        if args.step == ALIGNMENT[0]:
+            layers = full.get_base_model().get_submodule(split.layers_name)
+            for i in split.dropped:
+                layers[i].to("meta")
+        weights = sum(parameter.nbytes for parameter in full.parameters() if not parameter.is_meta) / 1e6
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        trainer.train()
+        return {"weights_mb": weights, "peak_mb": peak_mb() - before}
+
+
 def in_subprocess(args, num_clients: int, examples_per_client: int) -> dict:
     sizes = ("hidden_size", "num_layers", "vocab_size", "num_tokens")
     flags = [f"--{name}={getattr(args, name)}" for name in sizes]
@@ -133,24 +172,30 @@ def launch(*flags: str) -> dict:
 
 
 def measure_steps(args) -> list[dict]:
-    steps = STEPS[:2] if args.quick else STEPS
+    """Each kind of step against the first of its group."""
+    groups = (STEPS[:2] if args.quick else STEPS), ALIGNMENT
     with tempfile.TemporaryDirectory() as folder:
         save_models(args, folder)
-        flags = [f"--models={folder}", f"--vocab_size={args.vocab_size}"]
-        results = {step: [launch(*flags, f"--step={step}") for _ in range(args.repetitions)] for step in steps}
+        sizes = ("vocab_size", "step_hidden_size", "step_num_layers")
+        flags = [f"--models={folder}", *(f"--{name}={getattr(args, name)}" for name in sizes)]
+        results = {
+            step: [launch(*flags, f"--step={step}") for _ in range(args.repetitions)]
+            for steps in groups
+            for step in steps
+        }
     rows = []
-    for step in steps[1:]:
-        peaks = [[result["peak_mb"] for result in results[name]] for name in ("client step", step)]
+    for first, step in [(steps[0], step) for steps in groups for step in steps[1:]]:
+        peaks = [[result["peak_mb"] for result in results[name]] for name in (first, step)]
         rows.append(
             {
-                "constant": f"client step / {step}",
+                "constant": f"{first} / {step}",
                 "hidden_size": args.step_hidden_size,
                 "num_layers": args.step_num_layers,
-                "client_weights_mb": results["client step"][0]["weights_mb"],
+                "first_weights_mb": results[first][0]["weights_mb"],
                 "weights_mb": results[step][0]["weights_mb"],
-                "client_peak_mb": statistics.median(peaks[0]),
+                "first_peak_mb": statistics.median(peaks[0]),
                 "peak_mb": statistics.median(peaks[1]),
-                **spread(client / other for client, other in zip(*peaks, strict=True)),
+                **spread(one / other for one, other in zip(*peaks, strict=True)),
                 "target": 1.0,
             }
         )
@@ -169,11 +214,13 @@ def main():
     arguments.add_argument("--examples_per_client", type=int, default=4)
     arguments.add_argument("--step_hidden_size", type=int, default=512, help="Hidden size for the client step.")
     arguments.add_argument("--step_num_layers", type=int, default=16, help="Layers of the full model for it.")
-    arguments.add_argument("--step", choices=STEPS, help="Only these steps, in this process; prints a line of JSON.")
+    arguments.add_argument(
+        "--step", choices=STEPS + ALIGNMENT, help="Only these steps, in this process; prints a line of JSON."
+    )
     arguments.add_argument("--models", help="Folder of the models for them.")
     args = arguments.parse_args()
     if args.step:
-        print("\n" + json.dumps(train_steps(args)))
+        print("\n" + json.dumps((align_steps if args.step in ALIGNMENT else train_steps)(args)))
         return
     if args.num_clients:
         print("\n" + json.dumps(run_federation(args)))
