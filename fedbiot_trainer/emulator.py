@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import ALL_LAYERS
+from .config_checks import ALL_LAYERS
 from .sharding import whole_shape
 
 
