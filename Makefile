@@ -32,7 +32,8 @@ test-slow: install
 test-lm-eval:
 	test -x $(VENV)-lm-eval/bin/python || python3 -m venv $(VENV)-lm-eval
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -e ".[lm_eval]" pytest
+	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -e ".[lm-eval]" pytest
+	$(VENV)-lm-eval/bin/python -c "import lm_eval"  # without it the tests would be skipped
 	$(VENV)-lm-eval/bin/python -m pytest tests/test_lm_eval.py
 
 quality: install

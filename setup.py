@@ -40,7 +40,7 @@ setup(
     extras_require={
         "deepspeed": DEEPSPEED,
         "quantization": QUANTIZATION,
-        "lm_eval": ["lm-eval[hf]>=0.4.13,<0.5"],
+        "lm-eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "test": TEST,
         "quality": QUALITY,
         "dev": TEST + QUALITY,

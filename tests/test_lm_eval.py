@@ -90,7 +90,7 @@ def loglikelihoods(model, dataset, tokenizer):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, tokenizer):
     """The results of lm_eval on what a run leaves, and the models in this library with the same text."""
-    pytest.importorskip("lm_eval", reason='lm_eval is not installed: `pip install -e ".[lm_eval]"`')
+    pytest.importorskip("lm_eval", reason='lm_eval is not installed: `pip install -e ".[lm-eval]"`')
     folder = tmp_path_factory.mktemp("lm_eval")
     base = tiny_model(vocab_size=len(tokenizer))  # with `peft=`, lm_eval cuts the embeddings to the tokenizer's length
     base.save_pretrained(folder / "base")
