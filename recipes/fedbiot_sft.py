@@ -78,7 +78,9 @@ class FederatedScriptArguments(ScriptArguments):
     completion_template: str | None = field(default=None, metadata={"help": "Makes their completion."})
     public_prompt_template: str | None = field(default=None, metadata={"help": "The same for public examples."})
     public_completion_template: str | None = field(default=None, metadata={"help": "The same for public examples."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many private examples at most."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use this many private examples at most, of each client_datasets."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out examples at most."})
     max_public_samples: int | None = field(default=None, metadata={"help": "Use this many public examples at most."})
 
@@ -94,6 +96,16 @@ class FederatedScriptArguments(ScriptArguments):
                 "`dataset_streaming` is True, but a federated run needs to know where in the data a client is, which a "
                 "stream cannot tell. Leave it out."
             )
+        own = (
+            "dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "prompt_template",
+            "public_prompt_template", "max_train_samples", "max_eval_samples", "max_public_samples",
+        )  # fmt: skip
+        for name in own:
+            if self.task is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but `task` is '{self.task}', which brings its own data. For your "
+                    "own, name the full model with `model_name_or_path`."
+                )
         if self.task is None and (self.dataset_name is None) == (self.client_datasets is None):
             raise ValueError("Set one of `dataset_name` and `client_datasets`, or `task`.")
         for name in ("partition_values", "eval_fraction"):
@@ -201,7 +213,7 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
         if not all(name and dataset for name, dataset in pairs):
             raise ValueError(f"`client_datasets` must be NAME=DATASET each, got {script_args.client_datasets}.")
         loaded["client_datasets"] = [
-            (name, to_examples(load(dataset, None, split), private, limit, seed)) for name, dataset in pairs
+            (name, to_examples(load(dataset, config, split), private, limit, seed)) for name, dataset in pairs
         ]
     else:
         train = load(script_args.dataset_name, config, split)
@@ -271,7 +283,7 @@ def make_parser() -> TrlParser:
 
 def with_default_config(argv: list[str]) -> list[str]:
     """The demo's YAML stands in where neither a YAML nor a model is named."""
-    if {"--config", "--model_name_or_path", "--help", "-h"} & set(argv):
+    if {"--config", "--model_name_or_path", "--help", "-h"} & {flag.partition("=")[0] for flag in argv}:
         return argv
     return ["--config", str(RECIPES / "demo" / "demo.yaml"), *argv]
 

@@ -178,7 +178,7 @@ def test_both_models_have_the_same_setting(recipe, folder, tmp_path):
 def test_demo_stands_in_where_nothing_is_named(recipe):
     assert recipe.with_default_config([])[1].endswith("demo.yaml")
     assert recipe.with_default_config(["--seed", "1"])[-2:] == ["--seed", "1"]
-    for named in (["--config", "x.yaml"], ["--model_name_or_path", "m"], ["--help"]):
+    for named in (["--config", "x.yaml"], ["--config=x.yaml"], ["--model_name_or_path", "m"], ["--help"]):
         assert recipe.with_default_config(named) == named
 
 
@@ -295,6 +295,11 @@ def test_data_that_cannot_be_split_so(recipe, tmp_path, flags, message):
     [
         (["--emulator_drop_ratio", "1.5"], "`emulator_drop_ratio` is 1.5"),
         (["--model_name_or_path", "m"], "Set one of `dataset_name` and `client_datasets`, or `task`"),
+        (
+            ["--client_datasets", "a=a.jsonl"],
+            r"`client_datasets` is \['a=a.jsonl'\], but `task` is 'demo', which brings its",
+        ),
+        (["--max_eval_samples", "5"], "`max_eval_samples` is 5, but `task` is 'demo'"),
         (["--dataset_streaming", "true"], "`dataset_streaming` is True, but a federated run"),
         (["--model_name_or_path", "m", "--dataset_name", "gone.jsonl"], "There is no file 'gone.jsonl'"),
         (["--model_name_or_path", "m", "--client_datasets", "a.jsonl"], "`client_datasets` must be NAME=DATASET each"),
