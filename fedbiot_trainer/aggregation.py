@@ -26,11 +26,11 @@ class FederatedAverage:
 
     def add(self, update: ClientUpdate):
         """Add a client's update. All must have the same tensors."""
-        self.num_examples += update.num_examples
         for key, tensor in update.client_lora.items():
             if key not in self._sums:
                 self._sums[key], self._dtypes[key] = torch.zeros(tensor.shape, dtype=torch.float64), tensor.dtype
             self._sums[key].add_(tensor.double(), alpha=update.num_examples)
+        self.num_examples += update.num_examples
 
     def result(self) -> LoraState:
         """

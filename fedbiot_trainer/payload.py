@@ -8,7 +8,7 @@ the channel.
 
 import hashlib
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from .lora import LoraState
 
 MAGIC = b"FEDBIOT\x00"
 SCHEMA_VERSION = 1
+MAX_EXAMPLES = 10**12
 
 
 class PayloadError(ValueError):
@@ -174,10 +175,10 @@ class ClientUpdate(_Payload):
 
     def check(self, server_round: int):
         super().check(server_round)
-        if self.num_examples < 1:
-            raise PayloadError(f"`num_examples` is {self.num_examples}, but a client that trained holds at least one")
+        if not 1 <= self.num_examples <= MAX_EXAMPLES:
+            raise PayloadError(f"`num_examples` is {self.num_examples}, expected 1 to {MAX_EXAMPLES:,}")
         if "loss" not in self.metrics:
             raise PayloadError("metric `loss` is missing")
         for name, value in self.metrics.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
                 raise PayloadError(f"metric `{name}` is {value!r}, expected a finite number")

@@ -94,10 +94,12 @@ def test_payload_of_another_kind(update):
     "field, value, message",
     [
         ("num_examples", 0, "`num_examples` is 0"),
+        ("num_examples", 10**30, "`num_examples` is 10+, expected 1 to"),
         ("num_examples", "7", "`num_examples` is '7', expected a value of type int"),
         ("num_examples", True, "`num_examples` is True"),
         ("client", 1, "`client` is 1, expected a value of type str"),
         ("metrics", {"loss": float("nan")}, "metric `loss` is nan, expected a finite number"),
+        ("metrics", {"loss": 10**400}, "metric `loss` is 10+, expected a finite number"),
         ("metrics", {"loss": "0.5"}, "metric `loss` is '0.5'"),
         ("metrics", {}, "metric `loss` is missing"),
     ],
