@@ -134,6 +134,8 @@ class Evaluator:
                 "`eval_drift` is True, but it runs the emulator and the full model side by side, which is not implemented "
                 "under DeepSpeed ZeRO-3 and FSDP2. Leave it out, or use DDP or ZeRO-2."
             )
+        if self.args.eval_drift:
+            OutputHead(causal_lm(models.full)).check(causal_lm(models.emulator), self.args.device)
         self.models, self.text_metric = models, text_metric
         self.processing_class = trainer.processing_class
         self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)

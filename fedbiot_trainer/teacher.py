@@ -93,10 +93,32 @@ class OutputHead:
     def __init__(self, model: PreTrainedModel):
         self.layer = model.get_output_embeddings()
         config = model.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.scale = getattr(config, "logit_scale", None) or 1.0
+        softcaps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        self.softcap = next(filter(None, softcaps), None)
+        scales = (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier"))
+        self.scale = next(filter(None, scales), 1.0)
         if getattr(config, "logits_scaling", None):
             self.scale = 1 / config.logits_scaling
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel, device: torch.device):
+        """
+        Compare with what a model with this head does, on a few tokens.
+
+        Raises:
+            ValueError: If its logits are others.
+        """
+        model.eval()
+        tokens = torch.arange(8, device=device)[None] % self.layer.weight.shape[0]
+        own = model(tokens, use_cache=False).logits.float()
+        with self.whole() as logits:
+            other = logits(model.base_model(tokens, use_cache=False).last_hidden_state)
+        if (own - other).abs().max() > 0.02 * own.abs().max():
+            raise ValueError(
+                f"The logits of {type(model).__name__} are more than its output head: something scales or caps them in a "
+                "way that is not known here, so the KL divergence would compare other distributions. Set "
+                "`alignment_kl_weight=0`, and leave `eval_drift` out."
+            )
 
     @contextmanager
     def whole(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

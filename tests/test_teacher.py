@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from fedbiot_trainer import EmulatorAlignmentTrainer
+from fedbiot_trainer.alignment import PLACE
 from fedbiot_trainer.hidden_states import HiddenStateStore, store_folder
 from fedbiot_trainer.lora import SplitModel, get_lora_state, set_lora_state
 from fedbiot_trainer.teacher import OutputHead, run_adapter_layers, run_full_model
@@ -54,6 +55,32 @@ def test_adapter_layers_alone_are_the_full_model(any_model, batch):
         assert torch.allclose(logits(states.last)[mask], models.full(**batch).logits[mask], atol=1e-4)
     # The emulator is itself again.
     assert not torch.allclose(models.emulator(**batch).logits[mask], models.full(**batch).logits[mask], atol=1e-3)
+
+
+def test_unknown_scaling_of_logits_is_refused(make_trainer):
+    model = tiny_model("hyperclovax", logits_scaling=0.1)  # it multiplies by what others divide by
+    with pytest.raises(ValueError, match="The logits of HyperCLOVAXForCausalLM are more than its output head"):
+        make_trainer(model)
+    make_trainer(tiny_model("hyperclovax", logits_scaling=0.1), alignment_kl_weight=0)
+
+
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [
+        ("granite", {"logits_scaling": 7.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("falcon_h1", {"lm_head_multiplier": 0.1}),
+        ("recurrent_gemma", {"logits_soft_cap": 1.0}),
+        ("gemma2", {"final_logit_softcapping": 1.0}),
+    ],
+)
+def test_scaled_and_capped_logits(model_type, changes):
+    model = tiny_model(model_type, **changes)
+    OutputHead(model).check(model, torch.device("cpu"))
+    for name in changes:
+        setattr(model.config, name, 3.0)
+    with pytest.raises(ValueError, match="are more than its output head"):
+        OutputHead(model).check(tiny_model(model_type, **changes), torch.device("cpu"))
 
 
 def test_alignment_loss_is_the_formula_in_every_architecture(any_model, make_trainer, batch):
@@ -216,7 +243,7 @@ def test_long_and_short_texts(make_trainer):
     for text in trainer.train_dataset:
         inputs = {"input_ids": torch.tensor([text["input_ids"]])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        states[text["place"]] = run_full_model(trainer.split_model, inputs).entering[0]
+        states[text[PLACE]] = run_full_model(trainer.split_model, inputs).entering[0]
     assert sorted(states) == list(range(19))
     for place, expected in states.items():
         assert torch.allclose(trainer.store[place], expected, atol=1e-5)
