@@ -51,8 +51,9 @@ class Method:
                     f"`num_adapter_layers` is {args.num_adapter_layers}, but the method has adapter layers at both ends. "
                     "Use at least 2."
                 )
-            args.num_adapter_layers_bottom = args.num_adapter_layers // 2
-            args.num_adapter_layers -= args.num_adapter_layers_bottom
+            in_all = args.num_adapter_layers + args.num_adapter_layers_bottom
+            args.num_adapter_layers_bottom = in_all // 2
+            args.num_adapter_layers = in_all - args.num_adapter_layers_bottom
             args.teacher, args.offload_full_model = "online", False
         if self.align_once:
             args.initial_alignment_steps += args.num_rounds * args.alignment_steps
@@ -80,7 +81,13 @@ METHODS = {
     "fedbiot": Method("the settings as they are"),
     "full_lora": Method(
         "federated averaging of a LoRA on all layers: every client holds the full model, an upper bound",
-        {"num_adapter_layers": -1, "emulator_drop_ratio": 0.0, "proximal_weight": 0.0, **NO_ALIGNMENT},
+        {
+            "num_adapter_layers": -1,
+            "num_adapter_layers_bottom": 0,
+            "emulator_drop_ratio": 0.0,
+            "proximal_weight": 0.0,
+            **NO_ALIGNMENT,
+        },
     ),
     "local_only": Method("FedBiOT with each client alone; mean over the clients", clients="alone"),
     # One factor at a time
@@ -147,13 +154,15 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> dict:
     for name, dataset in client_datasets.items():
         own = copy.copy(args)
         own.output_dir = str(folder / name)
-        summaries[name] = FederatedRunner(model, own, {name: dataset}, **kwargs).train()
+        summaries[name] = FederatedRunner(model, own, {name: dataset}, **kwargs).train(args.resume_from_checkpoint)
     first = next(iter(summaries.values()))
     summary = {
-        key: _means([s[key] for s in summaries.values()]) for key in (*ROWS, "bytes", "seconds") if key in first
+        key: _means([s[key] for s in summaries.values()])
+        for key in (*ROWS, "bytes", "seconds", "tokens_per_example")
+        if key in first
     }
-    shared = ("split", "rounds", "parameters", "num_public_examples", "tokens_per_example")
-    summary |= {key: first[key] for key in (*shared, "settings", "peft_config", "versions")}
+    shared = ("split", "rounds", "parameters", "num_public_examples", "settings", "peft_config", "versions")
+    summary |= {key: first[key] for key in shared}
     summary["clients"] = {name: {key: s[key] for key in ROWS if key in s} for name, s in summaries.items()}
     if args.process_index == 0:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -37,8 +37,9 @@ from .teacher import capture, causal_lm, run_adapter_layers, run_full_model
 COLUMNS = {"fedbiot": "client (FedBiOT)", "full_lora": "full-model LoRA", "full_finetuning": "full fine-tuning"}
 COLUMNS |= {"cached": "teacher cached", "online": "teacher online"}
 SETTINGS = ("num_adapter_layers", "num_adapter_layers_bottom", "emulator_drop_ratio", "emulator_lora_r")
-SETTINGS += ("num_clients", "local_steps", "max_length", "per_device_train_batch_size")
-SETTINGS += ("alignment_batch_size", "alignment_steps")
+SETTINGS += ("num_clients", "fraction_train", "num_rounds", "local_steps", "proximal_weight", "max_length")
+SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "alignment_batch_size", "alignment_steps")
+SETTINGS += ("initial_alignment_steps", "alignment_kl_weight")
 MORE_FLOPS = {torch.ops.aten.addmm_: lambda output, a, b, **kwargs: 2 * math.prod(a) * b[-1]}  # torch forgets it
 
 
@@ -141,7 +142,7 @@ class _MetaRun(TorchFunctionMode):
 
 
 def _build(model: str | PretrainedConfig | PreTrainedModel, args: FedBiOTConfig) -> PreTrainedModel:
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = args.init_kwargs()
     config = getattr(model, "config", model)
     if isinstance(config, str):
         remote = {name: kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in kwargs}

@@ -7,9 +7,10 @@ Each cell is one run of fedbiot_sft.py in a process of its own, with a folder of
 that was interrupted goes on where it was when the same command is given again. All other flags go to fedbiot_sft.py:
 
     python recipes/compare.py --config recipes/gsm8k/llama2_7b.yaml --output_dir out --num_rounds 100 \
-        --launcher "accelerate launch --config_file accelerate_configs/zero3.yaml"
+        --launcher "accelerate launch --config_file accelerate_configs/multi_gpu.yaml"
 
-Leaves `results.json` (one object per cell), `table.md` and `comparison.png`, with --ablation also `ablation.png`.
+(DDP or ZeRO-2: ZeRO-3 can run neither adapter layers at both ends nor, without --no-drift, FedBiOT, and no DeepSpeed
+the clients alone.) Leaves `results.json` (one object per cell), `table.md` and `comparison.png`, with --ablation also `ablation.png`.
 """
 
 import argparse
@@ -43,6 +44,13 @@ from fedbiot_trainer.report import COLORS, format_bytes
 RECIPES = Path(__file__).parent
 TASKS = {"demo": "demo/demo.yaml", "gsm8k": "gsm8k/cpu.yaml", "code": "code/cpu.yaml"}
 PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
+NO_FLOPS = {"client_flops": 0, "server_flops": 0}
+OWN = {
+    "--method": "Choose with `--methods`.",
+    "--emulator_drop_ratio": "Choose with `--betas`.",
+    "--seed": "Choose with `--seeds`.",
+    "--eval_drift": "Choose with `--drift` or `--no-drift`.",
+}
 DRIFT = ("fedbiot", "fedbiot_align_once")  # what per-round alignment does to the emulator is measured in these
 
 
@@ -67,7 +75,7 @@ def make_cells(args: argparse.Namespace) -> list[Cell]:
             cells += [Cell(method, beta, seed) for beta in betas]
         if args.ablation:
             cells += [Cell(method, args.betas[-1], seed) for method in ABLATION if method not in args.methods]
-    return cells
+    return list(dict.fromkeys(cells))
 
 
 def command(cell: Cell, args: argparse.Namespace, flags: list[str]) -> list[str]:
@@ -75,7 +83,7 @@ def command(cell: Cell, args: argparse.Namespace, flags: list[str]) -> list[str]
     settings = {"method": cell.method, "seed": cell.seed, "output_dir": args.output_dir / str(cell)}
     if cell.beta is not None:
         settings["emulator_drop_ratio"] = cell.beta
-    if cell.method in DRIFT:
+    if cell.method in DRIFT and args.drift:
         settings["eval_drift"] = True
     pairs = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     recipe = [str(RECIPES / "fedbiot_sft.py"), "--config", str(args.config), "--overwrite_output_dir", "true"]
@@ -115,13 +123,17 @@ def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: se
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
     with (
         (folder / "log.txt").open("w") as log,
-        subprocess.Popen(command(cell, args, flags), stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
+        subprocess.Popen(
+            command(cell, args, flags), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        ) as process,
     ):
         running.add(process)
     running.discard(process)
     if process.returncode != 0:
         last_lines = "\n".join((folder / "log.txt").read_text().splitlines()[-5:])
         return f"{cell} failed ({folder / 'log.txt'}):\n{last_lines}"
+    if "adap_fu" not in json.loads((folder / "summary.json").read_text()):
+        return f"{cell} has evaluated nothing: give the runs held-out text with `--eval_dataset_name`."
     (folder / "cell.json").write_text(json.dumps(made_with(args, flags)) + "\n")
     return None
 
@@ -150,7 +162,7 @@ def run_cells(cells: list[Cell], args: argparse.Namespace, flags: list[str], con
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)  # with what a launcher started
             raise
     return errors
 
@@ -177,6 +189,7 @@ def read_cell(cell: Cell, args: argparse.Namespace) -> dict:
     trains = summary["rounds"] > 0
     down, up = summary["bytes"]["down"], summary["bytes"]["up"]
     sent = sum(len(record["client_losses"]) + len(record["refused"]) for record in rounds) if trains else 0
+    num_clients = len(summary.get("num_examples", [first]))
     return {
         "task": args.task,
         "method": cell.method,
@@ -188,32 +201,36 @@ def read_cell(cell: Cell, args: argparse.Namespace) -> dict:
         "trainable_parameters": summary["parameters"]["trainable_client"] if trains else 0,
         "client_share": summary["parameters"]["client_share"],
         "bytes_per_client_round": (down + up) / sent if sent and down is not None else 0,
-        **(_flops(summary, folder / first) if trains else {"client_flops": 0, "server_flops": 0}),
+        **(_flops(summary, folder / first, sent / num_clients) if trains else NO_FLOPS),
         "seconds": summary["seconds"]["total"],
         "drift": [{name: record[name] for name in ("server_round", "drift_l2", "drift_kl")} for record in rounds]
-        if cell.method in DRIFT
+        if cell.method in DRIFT and args.drift
         else [],
     }
 
 
-def _flops(summary: dict, folder: Path) -> dict[str, int]:
-    """FLOPs of one client and of the server in the whole run."""
+def _flops(summary: dict, folder: Path, rounds_of_a_client: float) -> dict[str, float | None]:
+    """FLOPs of one client and of the server in the whole run; `None` for a model that cannot be planned."""
     settings, lengths = summary["settings"], summary["tokens_per_example"]
     lora = LoraConfig(**{name: summary["peft_config"][name] for name in ("r", "lora_alpha", "target_modules")})
     base = json.loads((folder / "client_lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    names = (*SETTINGS, "num_rounds", "initial_alignment_steps", "alignment_kl_weight", "proximal_weight", "teacher")
+    names = (*SETTINGS, "teacher", "trust_remote_code")
     known = {name: settings[name] for name in names if settings[name] is not None}
 
     def costs(length):
         args = FedBiOTConfig(**{**known, "max_length": max(2, round(length))}, use_cpu=True)
         return plan(base, args, lora, public_examples=summary["num_public_examples"] or 1)
 
-    client = costs(lengths["clients"])["clients"]["fedbiot"]["flops_per_round"] * summary["rounds"]
-    server = 0
-    if lengths["public"] is not None:
-        align = costs(lengths["public"])["server"][settings["teacher"]]
-        steps = settings["initial_alignment_steps"] + summary["rounds"] * settings["alignment_steps"]
-        server = align["flops_per_step"] * steps + align["flops_to_store"]
+    try:
+        client = costs(lengths["clients"])["clients"]["fedbiot"]["flops_per_round"] * rounds_of_a_client
+        server = 0
+        if lengths["public"] is not None:
+            align = costs(lengths["public"])["server"][settings["teacher"]]
+            steps = settings["initial_alignment_steps"] + summary["rounds"] * settings["alignment_steps"]
+            server = align["flops_per_step"] * steps + align["flops_to_store"]
+    except (OSError, ValueError) as error:
+        warnings.warn(f"FLOPs cannot be counted: {error}", stacklevel=2)
+        return {"client_flops": None, "server_flops": None}
     return {"client_flops": client, "server_flops": server}
 
 
@@ -228,8 +245,9 @@ def aggregate(results: list[dict]) -> list[dict]:
         for key in ("adap_emu", "adap_fu"):
             if cells[0][key] is not None:
                 row[key] = {name: spread([cell[key][name] for cell in cells]) for name in cells[0][key]}
-        costs = "trainable_parameters", "bytes_per_client_round", "client_flops", "server_flops", "seconds"
-        rows.append(row | {name: mean(cell[name] for cell in cells) for name in costs})
+        for name in ("trainable_parameters", "bytes_per_client_round", "client_flops", "server_flops", "seconds"):
+            row[name] = None if cells[0][name] is None else mean(cell[name] for cell in cells)
+        rows.append(row)
     return rows
 
 
@@ -242,23 +260,25 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
     """The rows as lines of a table, its header first."""
     metrics = [name for name in rows[0]["adap_fu"] if name != "token_accuracy"]
     names = [f"{who} {metric.replace('_', ' ')}" for metric in metrics for who in ("AdapEmu", "AdapFu")]
-    header = ["method", "beta", *names, "trained", "bytes/round", "client TFLOPs", "server TFLOPs", "s"]
+    header = ["method", "beta", "seeds", *names, "trained", "bytes/round", "client TFLOPs", "server TFLOPs", "s"]
     lines = [header]
     for row in rows:
-        scores = [_cell(row.get(key), metric) for metric in metrics for key in ("adap_emu", "adap_fu")]
-        flops = [f"{row[name] / 1e12:.3g}" for name in ("client_flops", "server_flops")]
+        scores = [_cell(row, key, metric) for metric in metrics for key in ("adap_emu", "adap_fu")]
+        flops = [row[name] for name in ("client_flops", "server_flops")]
+        flops = ["" if value is None else f"{value / 1e12:.3g}" for value in flops]
         costs = f"{row['trainable_parameters']:,.0f}", format_bytes(row["bytes_per_client_round"]), *flops
         beta = "" if row["beta"] is None else str(row["beta"])
-        lines.append([row["method"], beta, *scores, *costs, f"{row['seconds']:.0f}"])
+        lines.append([row["method"], beta, str(row["num_seeds"]), *scores, *costs, f"{row['seconds']:.0f}"])
     return lines
 
 
-def _cell(values: dict | None, metric: str) -> str:
-    if values is None:
+def _cell(row: dict, key: str, metric: str) -> str:
+    if key not in row:
         return ""
-    average, deviation = values[metric]
+    average, deviation = row[key][metric]
     scale, digits = (1, 3) if metric == "loss" else (100, 1)
-    return f"{scale * average:.{digits}f} ± {scale * deviation:.{digits}f}"
+    shown = f"{scale * average:.{digits}f}"
+    return shown if row["num_seeds"] == 1 else f"{shown} ± {scale * deviation:.{digits}f}"
 
 
 def report(results: list[dict], folder: Path, console: Console):
@@ -307,6 +327,8 @@ def plot_comparison(rows: list[dict], results: list[dict], file: Path):
             by_round: dict[int, list[float]] = {}
             for record in (record for run in runs for record in run if record["drift_kl"] is not None):
                 by_round.setdefault(record["server_round"], []).append(record["drift_kl"])
+            if not by_round:
+                continue
             name = "aligned in each round" if method == "fedbiot" else "aligned once"
             color = COLORS["adap_fu"] if beta == max(r["beta"] or 0 for r in results) else COLORS["adap_emu"]
             means = [mean(values) for values in by_round.values()]
@@ -337,6 +359,8 @@ def _name(row: dict, one_beta: bool) -> str:
 def _bars(axes, rows: list[dict], metric: str, label: str, one_beta: bool):
     for offset, key, name in ((-0.2, "adap_emu", "AdapEmu"), (0.2, "adap_fu", "AdapFu")):
         points = [(i + offset, *row[key][metric]) for i, row in enumerate(rows) if key in row]
+        if not points:
+            continue
         places, averages, deviations = zip(*points, strict=True)
         axes.bar(places, averages, 0.4, yerr=deviations, capsize=3, color=COLORS[key], label=name)
     axes.set_xticks(range(len(rows)), [_name(row, one_beta) for row in rows], rotation=35, ha="right", fontsize=8)
@@ -355,7 +379,9 @@ def _save(figure: Figure, all_axes: tuple, file: Path):
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--task", choices=list(TASKS), help="A task at CPU size.")
     task.add_argument("--config", type=Path, help="YAML of any other recipe for fedbiot_sft.py.")
@@ -364,6 +390,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--betas", nargs="+", type=float, default=[0.2, 0.5], help="Drop ratios of the emulator.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ablation", action="store_true", help="Also change one factor of FedBiOT at a time.")
+    parser.add_argument(
+        "--drift",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Measure the emulator's drift on private text.",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="Cells to run at a time.")
     parser.add_argument("--launcher", default=sys.executable, help="What runs the recipe.")
     args, flags = parser.parse_known_args(argv)
@@ -371,6 +403,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"`--jobs` is {args.jobs}, but at least 1 cell must run at a time.")
     if not all(0 <= beta < 1 for beta in args.betas):
         parser.error(f"`--betas` is {args.betas}, but shares of layers to drop must be in [0, 1).")
+    for flag in {flag.partition("=")[0] for flag in flags} & OWN.keys():
+        parser.error(f"`{flag}` is set by the comparison in each cell. {OWN[flag]}")
     args.config = args.config or RECIPES / TASKS[args.task]
     args.task = args.task or args.config.parent.name
     if not args.config.is_file():

@@ -118,10 +118,26 @@ def test_what_cannot_work(run_compare, capsys):
         (["--jobs", "0"], "`--jobs` is 0"),
         (["--betas", "0.5", "1.0"], r"`--betas` is [0.5, 1.0]"),
         (["--methods", "fedavg"], "invalid choice: 'fedavg'"),
+        (["--emulator_drop_ratio", "0.2"], "`--emulator_drop_ratio` is set by the comparison in each cell. Choose"),
+        (["--seed=3"], "`--seed` is set by the comparison in each cell. Choose with `--seeds`"),
     ):
         with pytest.raises(SystemExit):
             run_compare(*flags)
         assert message in capsys.readouterr().err
+
+
+def test_runs_without_held_out_text(run_compare, tmp_path):
+    template = tmp_path / "out" / "template.json"
+    summary = json.loads(template.read_text())
+    template.write_text(json.dumps({key: summary[key] for key in ("rounds", "bytes", "parameters", "seconds")}))
+    with pytest.raises(SystemExit, match="fedbiot-beta0.5-seed0 has evaluated nothing: give the runs held-out text"):
+        run_compare("--methods", "fedbiot", "--betas", "0.5", "--seeds", "0")
+
+
+def test_methods_without_an_emulator_alone(run_compare, tmp_path):
+    calls, results = run_compare("--methods", "zero_shot", "full_lora", "--seeds", "0", "0")
+    assert calls == ["zero_shot-seed0", "full_lora-seed0"] and len(results) == 2
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 100
 
 
 def test_means_and_deviations(compare):
@@ -147,6 +163,7 @@ def test_means_and_deviations(compare):
     assert dict(zip(header, first, strict=True)) == {
         "method": "fedbiot",
         "beta": "0.5",
+        "seeds": "2",
         "AdapEmu loss": "",
         "AdapFu loss": "2.000 ± 1.414",
         "AdapEmu exact match": "",
@@ -157,7 +174,7 @@ def test_means_and_deviations(compare):
         "server TFLOPs": "0",
         "s": "1",
     }
-    assert second[0] == "fedot"
+    assert second[0] == "fedot" and "4.000" in second  # one seed has no deviation
 
 
 @pytest.mark.parametrize("method", ["fedbiot", "fedot", "full_lora", "local_only"])
@@ -174,7 +191,7 @@ def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
         eval_dataset=sums(50, 55),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     )
-    args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums")
+    args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums", drift=True)
     result = compare["read_cell"](cell, args)
     assert result["adap_fu"] == summary["adap_fu"]
     assert (result["adap_emu"] is None) == (method == "full_lora")
@@ -184,3 +201,22 @@ def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     rounds = 2 * (1 if method == "local_only" else 2)
     expected = (summary["bytes"]["down"] + summary["bytes"]["up"]) / rounds
     assert result["bytes_per_client_round"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("changes, factor", [({"gradient_accumulation_steps": 3}, 3), ({"fraction_train": 0.5}, 0.5)])
+def test_flops_are_those_of_one_client(compare, make_args, tokenizer, tmp_path, changes, factor):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flops = []
+    for seed, settings in enumerate(({}, changes)):
+        cell = compare["Cell"]("fedbiot", 0.5, seed)
+        run_method(
+            "fedbiot",
+            str(tmp_path / "base"),
+            make_args(output_dir=str(tmp_path / str(cell)), alignment_steps=0, initial_alignment_steps=0, **settings),
+            {"north": sums(0, 8), "south": sums(8, 16)},
+            eval_dataset=sums(50, 52),
+        )
+        args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums", drift=False)
+        flops.append(compare["read_cell"](cell, args)["client_flops"])
+    assert flops[1] == pytest.approx(factor * flops[0])
