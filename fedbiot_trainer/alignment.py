@@ -22,7 +22,7 @@ from .teacher import Captured, OutputHead, capture, causal_lm, run_adapter_layer
 from .trainer import RoundTrainer
 
 
-PLACE = "place"  # column of the public text: its place in the store
+PLACE = "fedbiot_place"  # column of the public text: its place in the store
 STATES = "teacher_states"  # entry of a batch: the stored hidden states
 
 
@@ -49,6 +49,8 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             The client LoRA. Not for a [`SplitModel`], which has one.
         emulator_peft_config ([`~peft.LoraConfig`], *optional*):
             The emulator LoRA. Defaults to `peft_config`, with rank `args.emulator_lora_r` if that is set.
+        total_steps (`int`, *optional*):
+            Steps over which the learning-rate schedule runs, if there will be more of them than `train()` takes.
         **kwargs:
             As for [`~trl.SFTTrainer`], `optimizers` excepted.
     """
@@ -64,10 +66,11 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         train_dataset: Dataset,
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
+        total_steps: int | None = None,
         **kwargs,
     ):
         if isinstance(model, str):
-            model = load_model(model, **(args.model_init_kwargs or {}))
+            model = load_model(model, **args.init_kwargs())
         if isinstance(model, SplitModel):
             if peft_config is not None or emulator_peft_config is not None:
                 given = "peft_config" if peft_config is not None else "emulator_peft_config"
@@ -83,9 +86,11 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         model.move(args.device, args.offload_full_model)
         args = args.alignment_arguments()
         args.model_init_kwargs = None
-        total_steps = args.initial_alignment_steps + args.num_rounds * args.alignment_steps
-        super().__init__(model.emulator, args, total_steps, train_dataset, **kwargs)
+        super().__init__(model.emulator, args, total_steps or args.max_steps, train_dataset, **kwargs)
         self.head = OutputHead(causal_lm(model.full))  # FSDP2 shards the emulator's
+        if args.alignment_kl_weight > 0:
+            with runnable(model.emulator, self.accelerator):
+                self.head.check(causal_lm(model.emulator), args.device)
         self.store: HiddenStateStore | None = None
         if args.teacher == "cached":
             self._plan_store()

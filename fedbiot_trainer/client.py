@@ -43,7 +43,7 @@ class ClientSFTTrainer(RoundTrainer):
     ):
         self.package = None
         if isinstance(model, str):
-            self.package = EmulatorPackage.load(model, **(args.model_init_kwargs or {}))
+            self.package = EmulatorPackage.load(model, **args.init_kwargs())
         elif isinstance(model, EmulatorPackage):
             self.package = model
         if self.package is not None:
@@ -137,6 +137,8 @@ class FederatedClient:
 
         trainer.train_dataset = self.train_dataset
         trainer.steps_done = self.steps_done
+        # The schedule follows the rounds of the federation, in which this client may not always take part.
+        trainer.schedule_start = (server_round - 1) * trainer.args.local_steps
         trainer.train(seed=zlib.crc32(f"{trainer.args.seed}/{self.name}/{server_round}".encode()))
         self.steps_done = trainer.steps_done
 

@@ -120,7 +120,8 @@ class FedBiOTConfig(SFTConfig):
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]: `learning_rate` 5e-4, `lr_scheduler_type` `"constant"`,
     > `adam_beta2` 0.95 (all as in the paper's code), `gradient_checkpointing` `False` (nothing below the adapter layers
-    > keeps activations for a client's backward pass), and `bf16` follows what the machine has. `warmup_steps` and
+    > keeps activations for a client's backward pass), `save_strategy` `"no"` (a run saves its LoRAs after each round; a
+    > checkpoint would land in the package that clients get), and `bf16` follows what the machine has. `warmup_steps` and
     > `lr_scheduler_type` span all rounds of a client, not one round.
     """
 
@@ -135,6 +136,9 @@ class FedBiOTConfig(SFTConfig):
         default="constant", metadata={"help": "Learning-rate schedule of a client, over all its rounds."}
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW, for clients and alignment."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "A run saves its LoRAs after each round, and no checkpoints."}
+    )
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={"help": "Deprecated in transformers: use activation_checkpointing. Off by default here."},
@@ -266,6 +270,10 @@ class FedBiOTConfig(SFTConfig):
             self.teacher = "online" if self.num_adapter_layers_bottom > 0 else "cached"
         check_config(self)
         super().__post_init__()
+
+    def init_kwargs(self) -> dict:
+        """What a model given by name is loaded with."""
+        return {"trust_remote_code": self.trust_remote_code, **(self.model_init_kwargs or {})}
 
     @property
     def aligns(self) -> bool:

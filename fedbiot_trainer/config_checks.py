@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 PARTITIONS = ("iid", "dirichlet", "by-column")
 TEACHERS = ("cached", "online")
 ALL_LAYERS = -1
+NEED_KWARGS = (
+    SchedulerType.COSINE_WITH_MIN_LR,
+    SchedulerType.COSINE_WARMUP_WITH_MIN_LR,
+    SchedulerType.WARMUP_STABLE_DECAY,
+)
 
 
 def check_config(config: "FedBiOTConfig"):
@@ -89,8 +94,8 @@ def _check_split(config):
         )
     if config.offload_full_model and config.teacher == "online":
         raise ValueError(
-            "`offload_full_model` is True, but an online teacher runs the full model in every alignment step. Use "
-            "`teacher='cached'`."
+            "`offload_full_model` is True, but an online teacher runs the full model in every alignment step. "
+            + ("Use `teacher='cached'`." if config.num_adapter_layers_bottom == 0 else "Leave it out.")
         )
 
 
@@ -107,6 +112,12 @@ def _check_training_arguments(config):
                 f"`{name}` is '{schedule.value}', which follows a metric within one training, but LoRAs train in "
                 "rounds. Use 'constant', 'linear' or 'cosine'."
             )
+    schedule = SchedulerType(config.alignment_lr_scheduler_type)
+    if schedule in NEED_KWARGS:
+        raise ValueError(
+            f"`alignment_lr_scheduler_type` is '{schedule.value}', which needs `lr_scheduler_kwargs`, and those are the "
+            "clients'. Use 'constant', 'linear' or 'cosine'."
+        )
     if config.train_sampling_strategy != "random":
         raise ValueError(
             f"`train_sampling_strategy` is '{config.train_sampling_strategy}', but rounds continue one another in a "

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .callbacks import RunProgress, no_progress_bars, reported, timed
 from .client import ClientSFTTrainer, FederatedClient
 from .config import FedBiOTConfig
-from .evaluation import Evaluator, TextMetric
+from .evaluation import LOSS_METRICS, Evaluator, TextMetric
 from .package import load_model
 from .partition import name_client_datasets
 from .payload import PayloadError
@@ -94,13 +94,15 @@ class FederatedRunner:
         self.args = args
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config._name_or_path)
         client_datasets = name_client_datasets(client_datasets, train_dataset, args)
+        if args.eval_drift and eval_dataset is None:
+            raise ValueError("`eval_drift` is True, but `eval_dataset` is None. Pass held-out text, or leave it out.")
         text_metric = TextMetric(args, eval_dataset) if args.eval_metric is not None else None
 
         set_seed(args.seed)
         with no_progress_bars():
             if isinstance(model, str):
-                init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-                remote = {name: init_kwargs.get(name) for name in ("revision", "trust_remote_code")}
+                init_kwargs, remote = args.init_kwargs(), ("revision", "token", "trust_remote_code")
+                remote = {name: init_kwargs[name] for name in remote if init_kwargs.get(name) is not None}
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
                 model = load_model(model, **init_kwargs)
             if processing_class is None:
@@ -183,6 +185,9 @@ class FederatedRunner:
                     break
             progress.phase(self.state.global_step, "evaluating")
             results = self.evaluate()
+            shown = LOSS_METRICS if self.state.global_step > 0 else set()  # with the last round
+            scores = {who: values.keys() - shown for who, values in results.items()}
+            self._log({f"{who}_{name}": results[who][name] for who, names in scores.items() for name in names})
 
         public = [self.server.trainer.train_dataset] if self.server.trainer is not None else []
         self.summary = {
@@ -302,12 +307,16 @@ class FederatedRunner:
         """Give the round's scalars to trackers and callbacks."""
         logs = {key: value for key, value in record.items() if key.startswith(("alignment_", "drift_", "bytes_"))}
         logs |= {f"client_loss/{name}": loss for name, loss in record["client_losses"].items()}
+        logs |= {f"proximal_term/{name}": term for name, term in record["proximal_terms"].items()}
         logs |= {f"seconds/{phase}": value for phase, value in record["seconds"].items()}
-        metrics = {f"eval_{key}": value for key, value in record.items() if key.startswith(("adap_", "zero_shot"))}
-        metrics = {key: value for key, value in metrics.items() if value is not None}
-        logs = {key: value for key, value in (logs | metrics).items() if value is not None}
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        self._log({key: value for key, value in record.items() if key.startswith(("adap_", "zero_shot"))}, **logs)
+
+    def _log(self, evaluated: dict, **logs):
+        metrics = {f"eval_{key}": value for key, value in evaluated.items() if value is not None}
+        logs = {key: value for key, value in logs.items() if value is not None} | metrics
+        if logs:
+            self.state.log_history.append({**logs, "step": self.state.global_step})
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         if metrics:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 

@@ -59,7 +59,11 @@ class FederatedServer:
                     f"is {args.alignment_steps}). Pass public text, or set both to 0."
                 )
             self.trainer = EmulatorAlignmentTrainer(
-                self.split_model, args, public_dataset, processing_class=processing_class
+                self.split_model,
+                args,
+                public_dataset,
+                total_steps=args.initial_alignment_steps + args.num_rounds * args.alignment_steps,
+                processing_class=processing_class,
             )
 
     def load(self):

@@ -82,6 +82,7 @@ class RoundTrainer(SFTTrainer):
         adapter (`str`): Name of the LoRA that it trains.
         steps_done (`int`): Optimizer steps taken in earlier calls; set it to continue somewhere else.
         total_steps (`int`): Steps over which the learning-rate schedule runs.
+        schedule_start (`int`, *optional*): Where in it the next call starts. `None`: at `steps_done`.
     """
 
     adapter: str
@@ -111,6 +112,7 @@ class RoundTrainer(SFTTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.steps_done = 0
         self.total_steps = total_steps
+        self.schedule_start: int | None = None
         self.step_metrics: dict[str, list[float]] = defaultdict(list)
         self._check_vocabulary()
         check_gradient(self.model)
@@ -203,9 +205,10 @@ class RoundTrainer(SFTTrainer):
                 num_training_steps=self.total_steps,
                 scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )
-            # The optimizer is new in every round, the schedule goes on where the last round left it.
+            # The optimizer is new in every round, the schedule goes on.
+            start = self.steps_done if self.schedule_start is None else self.schedule_start
             scheduler.lr_lambdas = [
-                lambda step, schedule=schedule, offset=self.steps_done: schedule(step + offset)
+                lambda step, schedule=schedule, offset=start: schedule(step + offset)
                 for schedule in scheduler.lr_lambdas
             ]
             rates = [

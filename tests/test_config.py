@@ -32,6 +32,11 @@ from fedbiot_trainer import FedBiOTConfig
         ("teacher_cache_max_gb", 0, "`teacher_cache_max_gb` is 0, but it must be positive"),
         ("max_steps", 100, "`max_steps` is 100, but a federated run counts `num_rounds`"),
         ("lr_scheduler_type", "greedy", "`lr_scheduler_type` is 'greedy'"),
+        (
+            "alignment_lr_scheduler_type",
+            "cosine_with_min_lr",
+            "`alignment_lr_scheduler_type` is .* needs `lr_scheduler_kwargs`",
+        ),
         ("train_sampling_strategy", "group_by_length", "`train_sampling_strategy` is 'group_by_length'"),
         ("auto_find_batch_size", True, "`auto_find_batch_size` is True"),
         ("neftune_noise_alpha", 5.0, "`neftune_noise_alpha` is 5.0"),
@@ -79,7 +84,7 @@ def test_teacher_follows_the_adapter_layers(make_args):
     [
         ({"teacher": "cached"}, "`teacher` is 'cached', but `num_adapter_layers_bottom` is 1"),
         ({"num_adapter_layers": -1}, "`num_adapter_layers_bottom` is 1, but `num_adapter_layers` is -1"),
-        ({"offload_full_model": True}, "`offload_full_model` is True, but an online teacher"),
+        ({"offload_full_model": True}, "`offload_full_model` is True, but an online teacher .* Leave it out"),
     ],
     ids=["cached", "all layers", "offload"],
 )

@@ -100,6 +100,10 @@ def test_figure_and_trackers(run):
     values = [event.value for event in events.Scalars("eval/adap_fu_loss")]
     assert values == pytest.approx([record["adap_fu_loss"] for record in rounds_of(run)])
     assert [event.step for event in events.Scalars("train/client_loss/north")] == [1, 2, 3]
+    [score] = events.Scalars("eval/adap_fu_exact_match")
+    assert score.step == 3 and score.value == pytest.approx(run.summary["adap_fu"]["exact_match"])
+    terms = [event.value for event in events.Scalars("train/proximal_term/south")]
+    assert terms == pytest.approx([record["proximal_terms"]["south"] for record in rounds_of(run)])
 
 
 def test_result_loads_without_this_package(run, tmp_path):
@@ -491,6 +495,7 @@ def test_fully_masked_client_dataset(make_runner):
         ({"public_dataset": sums(0, 0)}, "`public_dataset` is empty"),
         ({"emulator_drop_ratio": 1.0}, "`emulator_drop_ratio` is 1.0"),
         ({"num_adapter_layers": 8}, "`num_adapter_layers` is 8"),
+        ({"eval_drift": True, "eval_dataset": None}, "`eval_drift` is True, but `eval_dataset` is None"),
         ({"peft_config": LoraConfig(target_modules=["nothing"])}, "matches no linear layer"),
         (
             {"eval_metric": "exact_match", "eval_dataset": None},

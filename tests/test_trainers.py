@@ -16,12 +16,14 @@ from fedbiot_trainer import (
     EmulatorAlignmentTrainer,
     EmulatorPackage,
     FedBiOTConfig,
+    FederatedClient,
     FederatedServer,
     alignment,
 )
 from fedbiot_trainer.fused_lora import folded_loras
 from fedbiot_trainer.lora import get_lora_state, lora_factors, set_lora_state, set_trainable_lora
 from fedbiot_trainer.losses import hidden_state_loss
+from fedbiot_trainer.payload import RoundStart
 from fedbiot_trainer.teacher import run_full_model
 from fedbiot_trainer.trainer import StepSampler
 
@@ -222,6 +224,16 @@ def test_schedule_runs_over_all_rounds(make_args, package, tokenizer):
     assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
 
 
+def test_schedule_follows_the_rounds_that_a_client_is_not_in(make_args, package, tokenizer):
+    args = make_args(lr_scheduler_type="linear", num_rounds=4, local_steps=2, logging_steps=1, learning_rate=8e-3)
+    trainer = ClientSFTTrainer(package, args, sums(0, 8), processing_class=tokenizer)
+    client = FederatedClient("a", trainer, sums(0, 8))
+    start = RoundStart(4, get_lora_state(trainer.model, "client"), get_lora_state(trainer.model, "emulator"))
+    client.fit(start, 4)
+    assert logged(trainer, "learning_rate") == pytest.approx([2e-3, 1e-3])
+    assert client.steps_done == 2
+
+
 def test_mixed_precision_does_not_pile_up(make_args, package, tokenizer):
     trainer = ClientSFTTrainer(package, make_args(bf16=True, local_steps=1), sums(0, 8), processing_class=tokenizer)
     forward = trainer.model.forward
@@ -350,6 +362,33 @@ def test_alignment_alone_from_a_model_by_name(make_args, model, tokenizer, tmp_p
     assert torch.allclose(loaded(**batch).logits, trainer.model.eval()(**batch).logits, atol=1e-6)
 
 
+def test_alignment_alone_counts_its_own_steps(make_args, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedbiot_trainer.hidden_states.SHARD_BYTES", 1)  # a file for each text
+    args = make_args(num_rounds=100, alignment_lr_scheduler_type="linear", logging_steps=1, save_steps=1)
+    trainer = EmulatorAlignmentTrainer(tiny_model(), args, sums(0, 50), processing_class=tokenizer)
+    progress = []
+    trainer.prepare_teacher(lambda *numbers: progress.append(numbers))
+    assert progress[-1] == (12, 12)  # 3 steps of 4 texts
+    trainer.train()
+    assert logged(trainer, "learning_rate") == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_code_from_the_hub_needs_a_yes(make_args, tokenizer, monkeypatch, tmp_path):
+    loaded = []
+
+    def load(*args, **kwargs):
+        loaded.append(kwargs)
+        raise OSError("enough")
+
+    monkeypatch.setattr("fedbiot_trainer.package.AutoModelForCausalLM.from_pretrained", load)
+    (tmp_path / "fedbiot.json").write_text('{"schema_version": 1}')
+    for trainer, model in ((EmulatorAlignmentTrainer, "owner/model"), (ClientSFTTrainer, str(tmp_path))):
+        with pytest.raises(OSError, match="enough"):
+            trainer(model, make_args(trust_remote_code=True), sums(0, 8), processing_class=tokenizer)
+    assert [kwargs["trust_remote_code"] for kwargs in loaded] == [True, True]
+
+
 def test_dropped_layers_are_not_in_the_package(package, make_args, tokenizer, tmp_path):
     model = tiny_model()
     dropped = [1, 2, 4]
@@ -417,7 +456,7 @@ def test_tokenizer_larger_than_the_embedding(make_alignment, make_args, package,
 def test_config_defaults_work_for_both_trainers(tmp_path, model, tokenizer):
     args = FedBiOTConfig(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     trainer = EmulatorAlignmentTrainer(model, args, sums(0, 4), processing_class=tokenizer)
-    assert (trainer.args.max_steps, trainer.total_steps) == (500, 5500)
+    assert (trainer.args.max_steps, trainer.total_steps) == (500, 500)
 
 
 # ---- memory
