@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -283,6 +284,17 @@ class FedBiOTConfig(SFTConfig):
     def num_sampled(self, num_clients: int) -> int:
         """Clients in a round, of `num_clients`."""
         return max(1, math.floor(self.fraction_train * num_clients + 0.5))
+
+    def sample(self, names: list[str], server_round: int) -> list[str]:
+        """Clients of a round, drawn without replacement; the same for the same seed and round."""
+        generator = random.Random(f"{self.seed}/{server_round}")
+        drawn = set(generator.sample(sorted(names), self.num_sampled(len(names))))
+        return [name for name in names if name in drawn]
+
+    def evaluates_after(self, server_round: int) -> bool:
+        """Whether AdapEmu and AdapFu are evaluated after a round."""
+        due = self.eval_rounds > 0 and server_round % self.eval_rounds == 0
+        return due or server_round == self.num_rounds
 
     def client_arguments(self) -> "FedBiOTConfig":
         """A copy for one client's local steps: `max_steps` is `local_steps`."""

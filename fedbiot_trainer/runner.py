@@ -1,6 +1,5 @@
 """The round loop: server -> payload -> client -> payload -> server."""
 
-import random
 import time
 from collections.abc import Mapping, Sequence
 
@@ -253,7 +252,7 @@ class FederatedRunner:
             alignment = self.server.align(self.args.alignment_steps)
         with timed(seconds, "broadcast"):
             start = self.server.start_round(server_round)
-        names = self._sample(server_round)
+        names = self.args.sample(list(self.clients), server_round)
         metrics, refused, bytes_up = {}, {}, 0
         for name in names:
             with timed(seconds, "local_training"):
@@ -268,7 +267,7 @@ class FederatedRunner:
         with timed(seconds, "aggregate"):
             self.server.aggregate()
         evaluated = {}
-        if self.evaluator is not None and self._evaluation_is_due(server_round):
+        if self.evaluator is not None and self.args.evaluates_after(server_round):
             with timed(seconds, "evaluate"):
                 progress.phase(server_round, "evaluating")
                 self.server.load()
@@ -292,16 +291,6 @@ class FederatedRunner:
             "bytes_up": bytes_up if on_wire else None,
             "seconds": seconds,
         }
-
-    def _evaluation_is_due(self, server_round: int) -> bool:
-        due = self.args.eval_rounds > 0 and server_round % self.args.eval_rounds == 0
-        return due or server_round == self.args.num_rounds
-
-    def _sample(self, server_round: int) -> list[str]:
-        """Clients of a round, drawn without replacement; the same for the same seed and round."""
-        generator = random.Random(f"{self.args.seed}/{server_round}")
-        drawn = set(generator.sample(sorted(self.clients), self.args.num_sampled(len(self.clients))))
-        return [name for name in self.clients if name in drawn]
 
     def _report(self, record: dict):
         """Give the round's scalars to trackers and callbacks."""
