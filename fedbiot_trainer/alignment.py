@@ -90,7 +90,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         self.head = OutputHead(causal_lm(model.full))  # FSDP2 shards the emulator's
         if args.alignment_kl_weight > 0:
             with runnable(model.emulator, self.accelerator):
-                self.head.check(causal_lm(model.emulator), args.device)
+                self.head.check(model, args.device)
         self.store: HiddenStateStore | None = None
         if args.teacher == "cached":
             self._plan_store()

@@ -135,7 +135,7 @@ class Evaluator:
                 "under DeepSpeed ZeRO-3 and FSDP2. Leave it out, or use DDP or ZeRO-2."
             )
         if self.args.eval_drift:
-            OutputHead(causal_lm(models.full)).check(causal_lm(models.emulator), self.args.device)
+            OutputHead(causal_lm(models.full)).check(models, self.args.device)
         self.models, self.text_metric = models, text_metric
         self.processing_class = trainer.processing_class
         self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)

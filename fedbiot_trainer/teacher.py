@@ -101,21 +101,22 @@ class OutputHead:
             self.scale = 1 / config.logits_scaling
 
     @torch.no_grad()
-    def check(self, model: PreTrainedModel, device: torch.device):
+    def check(self, models: SplitModel, device: torch.device):
         """
-        Compare with what a model with this head does, on a few tokens.
+        Compare with what the emulator, which has this head, makes of a few tokens.
 
         Raises:
             ValueError: If its logits are others.
         """
-        model.eval()
-        tokens = torch.arange(8, device=device)[None] % self.layer.weight.shape[0]
-        own = model(tokens, use_cache=False).logits.float()
+        emulator, split = models.emulator.eval(), models.split
+        tokens = torch.arange(8, device=device)[None] % emulator.config.get_text_config().vocab_size
+        with capture(emulator, split.layers_name, split.top_position) as seen:
+            own = emulator(input_ids=tokens, use_cache=False).logits.float()
         with self.whole() as logits:
-            other = logits(model.base_model(tokens, use_cache=False).last_hidden_state)
+            other = logits(seen.last)
         if (own - other).abs().max() > 0.02 * own.abs().max():
             raise ValueError(
-                f"The logits of {type(model).__name__} are more than its output head: something scales or caps them in a "
+                f"The logits of {type(causal_lm(emulator)).__name__} are more than its output head: something scales or caps them in a "
                 "way that is not known here, so the KL divergence would compare other distributions. Set "
                 "`alignment_kl_weight=0`, and leave `eval_drift` out."
             )

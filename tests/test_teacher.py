@@ -76,11 +76,12 @@ def test_unknown_scaling_of_logits_is_refused(make_trainer):
 )
 def test_scaled_and_capped_logits(model_type, changes):
     model = tiny_model(model_type, **changes)
-    OutputHead(model).check(model, torch.device("cpu"))
-    for name in changes:
-        setattr(model.config, name, 3.0)
+    models = SplitModel(model, 2, 0.5, LoraConfig(target_modules=["down_proj"]))
+    OutputHead(model).check(models, torch.device("cpu"))
+    [name] = changes
+    other = tiny_model(model_type, **{name: 3.0})
     with pytest.raises(ValueError, match="are more than its output head"):
-        OutputHead(model).check(tiny_model(model_type, **changes), torch.device("cpu"))
+        OutputHead(other).check(models, torch.device("cpu"))
 
 
 def test_alignment_loss_is_the_formula_in_every_architecture(any_model, make_trainer, batch):
