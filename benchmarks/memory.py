@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import parser, random_llama, show, spread, token_dataset, word_tokenizer
@@ -28,7 +29,7 @@ from common import parser, random_llama, show, spread, token_dataset, word_token
 
 TARGET = 1.03
 STEPS = ("client step", "full-model LoRA, checkpointed", "full-model LoRA")
-ALIGNMENT = ("alignment, full model off the device", "alignment, full model on it")
+ALIGNMENT = ("alignment, full model off", "full model on")
 SERIES = {"examples in all": (1200, None), "examples per client": (None, 4)}
 
 
@@ -178,11 +179,10 @@ def measure_steps(args) -> list[dict]:
         save_models(args, folder)
         sizes = ("vocab_size", "step_hidden_size", "step_num_layers")
         flags = [f"--models={folder}", *(f"--{name}={getattr(args, name)}" for name in sizes)]
-        results = {
-            step: [launch(*flags, f"--step={step}") for _ in range(args.repetitions)]
-            for steps in groups
-            for step in steps
-        }
+        names = [step for steps in groups for step in steps] * args.repetitions
+        with ThreadPoolExecutor(2) as pool:  # memory does not depend on what runs beside it
+            runs = list(pool.map(lambda step: launch(*flags, f"--step={step}"), names))
+        results = {step: [run for name, run in zip(names, runs, strict=True) if name == step] for step in names}
     rows = []
     for first, step in [(steps[0], step) for steps in groups for step in steps[1:]]:
         peaks = [[result["peak_mb"] for result in results[name]] for name in (first, step)]
