@@ -9,8 +9,10 @@ that was interrupted goes on where it was when the same command is given again. 
     python recipes/compare.py --config recipes/gsm8k/llama2_7b.yaml --output_dir out --num_rounds 100 \
         --launcher "accelerate launch --config_file accelerate_configs/multi_gpu.yaml"
 
-(DDP or ZeRO-2: ZeRO-3 can run neither adapter layers at both ends nor, without --no-drift, FedBiOT, and no DeepSpeed
-the clients alone.) Leaves `results.json` (one object per cell), `table.md` and `comparison.png`, with --ablation also `ablation.png`.
+DDP or ZeRO-2 can run it. ZeRO-3 can run neither adapter layers at both ends nor, without --no-drift, FedBiOT; DeepSpeed
+cannot run the clients alone.
+
+Leaves `results.json` (one object per cell), `table.md` and `comparison.png`, with --ablation also `ablation.png`.
 """
 
 import argparse
