@@ -31,7 +31,7 @@ from statistics import mean, stdev
 
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from peft import LoraConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -334,8 +334,11 @@ def plot_comparison(rows: list[dict], results: list[dict], file: Path):
             name = "aligned in each round" if method == "fedbiot" else "aligned once"
             color = COLORS["adap_fu"] if beta == max(r["beta"] or 0 for r in results) else COLORS["adap_emu"]
             means = [mean(values) for values in by_round.values()]
-            drift.plot(list(by_round), means, style, color=color, label=f"{name}, beta {beta}")
+            drift.plot(
+                list(by_round), means, style, marker="o", markersize=3, color=color, label=f"{name}, beta {beta}"
+            )
     drift.set(title="Drift on private text", xlabel="round", ylabel="KL from the full model (nats per token)")
+    drift.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if drift.lines:
         drift.legend(frameon=False, fontsize=8)
         drift.set_ylim(bottom=0)
