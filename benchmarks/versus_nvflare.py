@@ -11,8 +11,9 @@ simulator process, start every round with a fresh optimizer as ours do, write no
     same layers: nothing dropped, nothing aligned, LoRA on all layers but the lowest, the nearest there is
     FedBiOT:     beta 0.5, 2 adapter layers, 10 alignment steps in each round
 
-NVFlare trains its clients side by side, each in a process of its own, while ours take turns in one. With
-`--nvflare_threads 1` NVFlare's take turns too, which starts a process for each turn. `cores` is what a system may use.
+NVFlare trains its clients side by side, each in a process of its own, while ours take turns. `cores` is what a system
+may use: ours has one process for each, launched with Accelerate, which share every batch (DDP). With
+`--nvflare_threads 1` NVFlare's clients take turns too, which starts a process for each turn.
 
     s / round       from the start of a round to that of the next (the last: to its end), without the first. Ours by
                     callback, NVFlare's from its server's log. Start-up is not in it.
@@ -28,6 +29,7 @@ NVFlare trains its clients side by side, each in a process of its own, while our
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,11 +49,13 @@ from transformers.utils import logging
 
 NVFLARE = "nvflare==2.9.0"
 HERE = Path(__file__).parent
+DDP = HERE.parent / "accelerate_configs" / "cpu" / "ddp.yaml"
 SETTINGS = {
     "same layers": {"emulator_drop_ratio": 0.0, "alignment_steps": 0, "proximal_weight": 0.0},
     "FedBiOT": {"emulator_drop_ratio": 0.5, "alignment_steps": 10, "num_adapter_layers": 2},
 }
-TIMES = ("s / round", "CPU s / round")
+ONCE = ("MB down", "MB up", "MB once")  # they do not depend on the cores
+NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def nvflare_python(folder: Path) -> Path:
@@ -115,20 +119,22 @@ class RoundStarts(TrainerCallback):
 
 
 def run_ours(folder: Path, setting: str):
-    """One run of this library, in this process. Leaves its figures in `folder / "ours.json"`."""
+    """One run of this library, in this process or those of the launcher. Its figures go to `folder / "ours.json"`."""
     from datasets import load_from_disk
     from peft import LoraConfig
 
     from fedbiot_trainer import FedBiOTConfig, FederatedRunner
 
     settings = json.loads((folder / "settings.json").read_text())
+    settings["training"]["per_device_train_batch_size"] //= NUM_PROCESSES
     base_layers = json.loads((folder / "model" / "config.json").read_text())["num_hidden_layers"]
     config = FedBiOTConfig(
         str(folder / "out"),
         num_rounds=settings["num_rounds"],
         local_steps=settings["local_steps"],
         initial_alignment_steps=0,
-        overwrite_output_dir=True,
+        alignment_batch_size=8 // NUM_PROCESSES,
+        teacher_cache_dir=str(folder / "out" / "cache"),
         log_level="error",
         **settings["training"],
         **{"num_adapter_layers": base_layers - 1, **SETTINGS[setting]},
@@ -145,7 +151,8 @@ def run_ours(folder: Path, setting: str):
     sizes = runner.train()["bytes"]
     turns = settings["num_rounds"] * len(settings["clients"])
     sizes = {"down": sizes["down"] / turns, "up": sizes["up"] / turns, "once": sizes["once_per_client"]}
-    (folder / "ours.json").write_text(json.dumps({"starts": clock.times, **sizes}))
+    if config.process_index == 0:
+        (folder / "ours.json").write_text(json.dumps({"starts": clock.times, **sizes}))
 
 
 def usage(process: psutil.Process) -> dict[int, tuple[float, int]]:
@@ -196,7 +203,12 @@ def figures(
 
 
 def measure_ours(folder: Path, setting: str, cores: int) -> dict[str, list[float]]:
-    samples = watch([sys.executable, __file__, "--run", setting, "--folder", folder], cores, folder / "ours.log")
+    shutil.rmtree(folder / "out", ignore_errors=True)  # no run finds what another has computed
+    command = [sys.executable]
+    if cores > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", DDP, "--num_processes", cores]
+        command += ["--main_process_port", 0]
+    samples = watch([*command, __file__, "--run", setting, "--folder", folder], cores, folder / "ours.log")
     return figures(samples, **json.loads((folder / "ours.json").read_text()))
 
 
@@ -268,7 +280,7 @@ def main():
     python = nvflare_python(args.nvflare_env.expanduser())
     if args.quick:
         args.hidden_size, args.num_layers, args.vocab_size, args.num_tokens = 64, 4, 512, 32
-        args.num_clients, args.num_rounds, args.local_steps, args.repetitions, args.cores = 2, 2, 2, 1, [2]
+        args.num_clients, args.num_rounds, args.local_steps, args.repetitions, args.cores = 1, 2, 2, 1, [2]
 
     threads = args.nvflare_threads or args.num_clients
     systems = ["NVFlare", *SETTINGS][:: 2 if args.quick else 1]
@@ -286,10 +298,10 @@ def main():
     rows = []
     for (system, cores), runs in results.items():
         if system != "NVFlare":
-            # Bytes and memory do not depend on the cores.
-            for measure in results["NVFlare", cores][0] if cores == args.cores[0] else TIMES:
-                pair = ([run[measure] for run in one] for one in (runs, results["NVFlare", cores]))
-                rows.append(row(system, cores, measure, args, *pair))
+            for measure in results["NVFlare", cores][0]:
+                if cores == args.cores[0] or measure not in ONCE:
+                    pair = ([run[measure] for run in one] for one in (runs, results["NVFlare", cores]))
+                    rows.append(row(system, cores, measure, args, *pair))
     show(f"A federated run of ours against {NVFLARE}", rows, args.json)
 
 
