@@ -26,9 +26,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from rich.console import Console
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from fedbiot_trainer import METHODS, FedBiOTConfig, run_method
+from fedbiot_trainer.partition import name_client_datasets
+from fedbiot_trainer.plan import plan, plan_tables
 
 
 RECIPES = Path(__file__).parent
@@ -83,6 +86,9 @@ class FederatedScriptArguments(ScriptArguments):
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out examples at most."})
     max_public_samples: int | None = field(default=None, metadata={"help": "Use this many public examples at most."})
+    plan_only: bool = field(
+        default=False, metadata={"help": "Print what the run would cost, from the model's config, and end."}
+    )
 
     def __post_init__(self):
         for prompt, completion in (
@@ -268,13 +274,31 @@ def main(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, mo
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
-    run_method(
-        script_args.method,
-        model=model_name,
-        args=training_args,
-        peft_config=peft_config,
-        **load_datasets(script_args, training_args),
-    )
+    datasets = load_datasets(script_args, training_args)
+    if script_args.plan_only:
+        print_plan(script_args.method, model_name, training_args, peft_config, **datasets)
+    else:
+        run_method(script_args.method, model=model_name, args=training_args, peft_config=peft_config, **datasets)
+
+
+def print_plan(
+    method: str,
+    model: str,
+    args: FedBiOTConfig,
+    peft_config: LoraConfig,
+    client_datasets: list[tuple[str, Dataset]] | None = None,
+    train_dataset: Dataset | None = None,
+    public_dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+):
+    """Print what [`run_method`] with these arguments would cost."""
+    num_clients = len(name_client_datasets(client_datasets, train_dataset, args))
+    args = METHODS[method].configure(args, num_clients)
+    args.num_clients = num_clients if METHODS[method].clients == "federated" else 1
+    costs = plan(model, args, peft_config, public_examples=len(public_dataset) if public_dataset is not None else 1)
+    if args.process_index == 0:
+        for table in plan_tables(costs):
+            Console().print(table, "")
 
 
 def make_parser() -> TrlParser:

@@ -11,7 +11,8 @@ from conftest import ARCHITECTURES, sums, tiny_model
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM
 
-from fedbiot_trainer import FedBiOTConfig
+from fedbiot_trainer import METHODS, FedBiOTConfig
+from fedbiot_trainer.plan import plan_tables
 
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +226,30 @@ def test_one_file_for_each_client(files, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["num_examples"] == {"north": 24, "south": 12}
     assert "adap_fu" not in summary
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plan_of_a_recipe(recipe, files, tmp_path, monkeypatch, method):
+    """It counts what `plan` does for the data and the method at hand, and nothing is written."""
+    flags = [
+        "--model_name_or_path", files / "base", "--client_datasets", f"north={files / 'a.jsonl'}",
+        f"south={files / 'b.jsonl'}", "--public_dataset_name", files / "public.jsonl", "--method", method,
+        "--output_dir", tmp_path / "out", "--max_length", 16, *TEMPLATES, *SMALL,
+    ]  # fmt: skip
+    planned = []
+    monkeypatch.setattr(recipe, "plan_tables", lambda costs: planned.append(costs) or plan_tables(costs))
+    recipe.main(*recipe.make_parser().parse_args_and_config([*map(str, flags), "--plan_only", "true"]))
+    assert not (tmp_path / "out").exists()
+    settings = planned[0]["settings"]
+    pooled, federated = method == "offsite_tuning", METHODS[method].clients == "federated"
+    assert (settings["num_clients"], settings["local_steps"]) == (2 if federated else 1, 6 if pooled else 3)
+    assert settings["public_examples"] == 30
+    assert settings["num_adapter_layers_bottom"] == METHODS[method].both_ends
+    if method == "fedbiot":
+        run = launch(*flags)
+        assert run.returncode == 0, run.stderr[-3000:]
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert planned[0]["parameters"] == summary["parameters"]
 
 
 def test_held_out_share_of_one_file(recipe, tmp_path):
