@@ -1,13 +1,14 @@
 """
 What a client needs, and whether memory grows with the number of simulated clients.
 
-Everything is run in a process of its own, and compared is the peak of its resident memory (`VmHWM`).
+Everything is run in a process of its own, and compared is the peak of its resident memory (`VmHWM`), or of a device's.
 
 - `client step`: local steps on an emulator package, against full-model LoRA SFT (TRL's `SFTTrainer`, LoRA of the same
   rank on the same modules of all layers) with the same batches, with and without activation checkpointing. Both start
   from a model on disk; what the process holds before it loads a model is taken off.
-- `alignment`: alignment steps from the store of hidden states, with the layers that only the full model has taken off
-  the device (here: freed) as `offload_full_model` does, against the same steps with them on it.
+- `alignment`: alignment steps from the store of hidden states with `offload_full_model`, against the same steps
+  without. Compared is the peak of what is allocated on a simulated device (tests/simulated_device.py): a GPU has the
+  same tensors, and its allocator's own needs in addition.
 - `num_clients`: runs of a `FederatedRunner`, one series with the same number of training examples in all, the other
   with the same number for each client.
 - Addresses: how many of the emulator's bytes are the full model's own.
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from common import parser, random_llama, show, spread, token_dataset, word_tokenizer
@@ -30,6 +32,7 @@ from common import parser, random_llama, show, spread, token_dataset, word_token
 TARGET = 1.03
 STEPS = ("client step", "full-model LoRA, checkpointed", "full-model LoRA")
 ALIGNMENT = ("alignment, full model off", "full model on")
+SIMULATED_DEVICE = Path(__file__).parents[1] / "tests" / "simulated_device.py"
 SERIES = {"examples in all": (1200, None), "examples per client": (None, 4)}
 
 
@@ -125,39 +128,35 @@ def train_steps(args) -> dict:
 
 
 def align_steps(args) -> dict:
-    """Three alignment steps from the store of hidden states, in this process."""
+    """Three alignment steps from the store of hidden states, in this process on the simulated device."""
+    import torch
     from peft import LoraConfig
 
     from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig
 
     data, tokenizer = token_dataset(24, 128, args.vocab_size), word_tokenizer(args.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        before = peak_mb()
         config = FedBiOTConfig(
             folder,
             initial_alignment_steps=3,
             alignment_steps=0,
             alignment_batch_size=8,
             emulator_drop_ratio=0.5,
+            offload_full_model=args.step == ALIGNMENT[0],
             teacher_cache_dir=folder,
+            bf16=False,
             report_to="none",
             save_strategy="no",
         )
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-        # Not from the file: a loaded layer is a view of it and frees nothing.
-        model = random_llama(args.step_hidden_size, args.step_num_layers, args.vocab_size)
-        trainer = EmulatorAlignmentTrainer(model, config, data, processing_class=tokenizer, peft_config=lora)
-        del model
+        trainer = EmulatorAlignmentTrainer(
+            f"{args.models}/full", config, data, processing_class=tokenizer, peft_config=lora
+        )
         trainer.prepare_teacher()
-        full, split = trainer.split_model.full, trainer.split_model.split
-        if args.step == ALIGNMENT[0]:
-            layers = full.get_base_model().get_submodule(split.layers_name)
-            for i in split.dropped:
-                layers[i].to("meta")
-        weights = sum(parameter.nbytes for parameter in full.parameters() if not parameter.is_meta) / 1e6
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        weights = torch.hpu.memory_allocated() / 1e6
+        torch.hpu.reset_peak_memory_stats()
         trainer.train()
-        return {"weights_mb": weights, "peak_mb": peak_mb() - before}
+        return {"weights_mb": weights, "peak_mb": torch.hpu.max_memory_allocated() / 1e6}
 
 
 def in_subprocess(args, num_clients: int, examples_per_client: int) -> dict:
@@ -167,7 +166,8 @@ def in_subprocess(args, num_clients: int, examples_per_client: int) -> dict:
 
 
 def launch(*flags: str) -> dict:
-    command = [sys.executable, __file__, *flags]
+    on_device = [str(SIMULATED_DEVICE)] if any(f"--step={step}" in flags for step in ALIGNMENT) else []
+    command = [sys.executable, *on_device, __file__, *flags]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -230,17 +230,17 @@ def main():
 
     rows = measure_steps(args)
     for series, (total, per_client) in list(SERIES.items())[: 1 if args.quick else None]:
-        results = {
-            clients: [in_subprocess(args, clients, per_client or total // clients) for _ in range(args.repetitions)]
-            for clients in args.clients
-        }
+        sizes = {clients: per_client or total // clients for clients in args.clients}
+        with ThreadPoolExecutor(2) as pool:
+            repeated = [pool.map(partial(in_subprocess, args), sizes, sizes.values()) for _ in range(args.repetitions)]
+            results = dict(zip(sizes, zip(*repeated, strict=True), strict=True))
         peaks = {clients: statistics.median(r["peak_mb"] for r in runs) for clients, runs in results.items()}
         base = peaks[args.clients[0]]
         rows += [
             {
                 "constant": series,
                 "num_clients": clients,
-                "examples_per_client": per_client or total // clients,
+                "examples_per_client": sizes[clients],
                 "prepared_mb": statistics.median(result["prepared_mb"] for result in runs),
                 "peak_mb": peaks[clients],
                 **spread(result["peak_mb"] / base for result in runs),
