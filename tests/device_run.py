@@ -13,6 +13,7 @@ RUNS = {
     "cached": {},
     "offloaded": {"offload_full_model": True, "packing": True, "max_length": 32, "eval_drift": True},
     "online": {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1, "activation_checkpointing": True},
+    "autocast": {"bf16": True, "eval_drift": True},
 }
 
 
@@ -45,14 +46,16 @@ def parties(base: str, folder: str, **settings) -> dict[str, float]:
     """Losses of an owner and a client, each with a trainer alone, and of both after a checkpoint."""
     lora, losses = LoraConfig(r=4, target_modules="all-linear"), {}
     checkpoints = {"save_strategy": "steps", "save_steps": 2}
-    for resume in (False, True):
-        args = make_args(f"{folder}/package", **settings, **checkpoints)
+    for resume in (False, True):  # after the second of three steps
+        args = make_args(f"{folder}/owner", **settings, **checkpoints)
         owner = EmulatorAlignmentTrainer(base, args, sums(40, 50), peft_config=lora)
-        losses[f"owner, {resume}"] = owner.train(resume_from_checkpoint=resume).training_loss
-        owner.save_model()
+        result = owner.train(resume_from_checkpoint=f"{folder}/owner/checkpoint-2" if resume else None)
+        losses[f"owner, {resume}"] = result.training_loss
+        owner.save_model(f"{folder}/package")
         args = make_args(f"{folder}/client", **settings, **checkpoints)
         client = ClientSFTTrainer(f"{folder}/package", args, sums(0, 8))
-        losses[f"client, {resume}"] = client.train(resume_from_checkpoint=resume).training_loss
+        result = client.train(resume_from_checkpoint=f"{folder}/client/checkpoint-2" if resume else None)
+        losses[f"client, {resume}"] = result.training_loss
     return losses
 
 

@@ -3,6 +3,7 @@
 // PyTorch leaves empty: in PyTorch's eyes a device like CUDA, to which parameters move in place.
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/detail/HPUHooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_reshape_alias_native.h>
@@ -90,13 +91,11 @@ at::Tensor& set_whole_storage(at::Tensor& tensor, at::Storage storage) {
 at::Scalar local_scalar(const at::Tensor& tensor) { return at::_local_scalar_dense(on_cpu(tensor)); }
 
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  // Like CUDA, it takes single numbers from the CPU, and indices.
-  const auto& name = op.schema().name();
-  const bool indexing = name == "aten::index" || name.find("index_put") != std::string::npos;
+  // Like CUDA, it takes single numbers from the CPU, and indices: those are a list of optional tensors.
   const auto check = [&](const at::Tensor& tensor) {
-    TORCH_CHECK(!tensor.defined() || tensor.device().type() == kDevice || tensor.dim() == 0 || indexing,
-                "Expected all tensors to be on the same device, but ", name, " got one of ", tensor.sizes(), " on ",
-                tensor.device());
+    TORCH_CHECK(!tensor.defined() || tensor.device().type() == kDevice || tensor.dim() == 0,
+                "Expected all tensors to be on the same device, but ", op.schema().name(), " got one of ",
+                tensor.sizes(), " on ", tensor.device());
   };
   for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (value.isTensor()) check(value.toTensor());
@@ -143,6 +142,22 @@ REGISTER_HPU_HOOKS(HPUHooks);
 }
 
 C10_REGISTER_GUARD_IMPL(HPU, Guard);
+
+// Autocast as on CUDA.
+namespace at::autocast {
+
+TORCH_LIBRARY_IMPL(_, AutocastHPU, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
+#define LOWER(...) KERNEL(c10::DeviceType::HPU, __VA_ARGS__, lower_precision_fp)
+#define FLOAT32(...) KERNEL(c10::DeviceType::HPU, __VA_ARGS__, fp32)
+#define WIDEST(...) KERNEL(c10::DeviceType::HPU, __VA_ARGS__, promote)
+  AT_FORALL_LOWER_PRECISION_FP(LOWER)
+  AT_FORALL_FP32(FLOAT32)
+  AT_FORALL_PROMOTE(WIDEST)
+}
+
+}  // namespace at::autocast
 
 TORCH_LIBRARY_IMPL(_, HPU, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
 

@@ -34,4 +34,5 @@ def results(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("name", [*device_run.RUNS, "parties"])
 def test_results_are_those_of_the_cpu(results, name):
     on_device, on_cpu = results
-    assert on_device[name] == pytest.approx(on_cpu[name], rel=1e-4)
+    assert on_device[name] == pytest.approx(on_cpu[name], rel=1e-2 if name == "autocast" else 1e-4)
+    assert all(on_device[name].values())
