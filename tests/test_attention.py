@@ -53,8 +53,7 @@ def flash_attn(monkeypatch):
     monkeypatch.setattr(utils, "_lazy_imports", lambda *args, **kwargs: functions)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
-    yield called
-    utils._loaded_implementation = None
+    return called
 
 
 def with_attention(implementation: str, model_type: str = "llama", **changes):
@@ -64,7 +63,7 @@ def with_attention(implementation: str, model_type: str = "llama", **changes):
 
 
 def same_run(make_runner, tmp_path, one: dict, other: dict):
-    """Check that two runs end with the same losses and the same client LoRA."""
+    """Check that two runs end with the same losses and the same client LoRA. Gives the second runner."""
     summaries, loras = [], []
     for name, settings in (("one", one), ("other", other)):
         runner = make_runner(output_dir=str(tmp_path / name), teacher_cache_dir=str(tmp_path / name), **settings)
@@ -72,9 +71,13 @@ def same_run(make_runner, tmp_path, one: dict, other: dict):
         loras.append(runner.server.split_model.extract())
     for name in ("adap_emu", "adap_fu"):
         assert summaries[1][name] == pytest.approx(summaries[0][name], rel=1e-4)
+    assert loras[0].keys() == loras[1].keys()
     for key, tensor in loras[0].items():
         assert torch.allclose(loras[1][key], tensor, atol=2e-4), key
-    assert loras[0].keys() == loras[1].keys()
+    attention = other["model"].config._attn_implementation
+    for model in (runner.server.split_model.emulator, runner.server.split_model.full):
+        assert model.config._attn_implementation == attention
+    return runner
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt_neox"])
@@ -95,9 +98,11 @@ def test_flash_attention_in_the_alignment(make_runner, tmp_path, flash_attn, tea
         for implementation in ("sdpa", "flash_attention_2")
     )
     same_run(make_runner, tmp_path, one, other)
+    assert flash_attn == {"whole batches", "texts in a row"}
 
 
-def test_flash_kernel_of_pytorch(make_runner, tmp_path):
+def test_flash_kernel_of_sdpa(make_runner, tmp_path):
+    """The CPU's, which takes masks; CUDA's does not."""
     one = {"model": with_attention("eager")}
     other = {"model": with_attention("sdpa")}
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where it cannot be taken
@@ -108,7 +113,11 @@ def test_flash_kernel_of_pytorch(make_runner, tmp_path):
 def test_padding_free(make_runner, tmp_path, flash_attn, implementation):
     one = {"model": with_attention("sdpa"), "max_length": None}
     other = {"model": with_attention(implementation), "max_length": None, "padding_free": True}
-    same_run(make_runner, tmp_path, one, other)
+    runner = same_run(make_runner, tmp_path, one, other)
+    clients = runner.clients["north"].train_dataset
+    batch = runner.trainer.data_collator([clients[i] for i in range(3)])
+    assert len(batch["input_ids"]) == 1 and (batch["position_ids"] == 0).sum() == 3 and "attention_mask" not in batch
+    assert bool(flash_attn) == (implementation == "flash_attention_2")
 
 
 def test_packing_with_flash_attention(make_runner, tmp_path, flash_attn):
@@ -116,7 +125,8 @@ def test_packing_with_flash_attention(make_runner, tmp_path, flash_attn):
         {"model": with_attention(implementation), "packing": True, "max_length": 32, "local_steps": 6}
         for implementation in ("sdpa", "flash_attention_2")
     )
-    same_run(make_runner, tmp_path, one, other)
+    assert same_run(make_runner, tmp_path, one, other).trainer.padding_free
+    assert flash_attn == {"whole batches", "texts in a row"}
 
 
 def test_padding_free_needs_texts_that_are_short_enough(make_runner):
