@@ -55,6 +55,7 @@ SETTINGS = {
     "FedBiOT": {"emulator_drop_ratio": 0.5, "alignment_steps": 10, "num_adapter_layers": 2},
 }
 ONCE = ("MB down", "MB up", "MB once")  # they do not depend on the cores
+ALIGNMENT_BATCH = 8
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -133,7 +134,7 @@ def run_ours(folder: Path, setting: str):
         num_rounds=settings["num_rounds"],
         local_steps=settings["local_steps"],
         initial_alignment_steps=0,
-        alignment_batch_size=8 // NUM_PROCESSES,
+        alignment_batch_size=ALIGNMENT_BATCH // NUM_PROCESSES,
         teacher_cache_dir=str(folder / "out" / "cache"),
         log_level="error",
         **settings["training"],
@@ -276,6 +277,9 @@ def main():
     if args.run:
         run_ours(args.folder, args.run)
         return
+    for name, size in (("batch_size", args.batch_size), ("the alignment's batch", ALIGNMENT_BATCH)):
+        if any(size % cores for cores in args.cores):
+            arguments.error(f"{name} is {size}, which {args.cores} cores cannot share evenly: the work would differ.")
     logging.disable_progress_bar()
     python = nvflare_python(args.nvflare_env.expanduser())
     if args.quick:
