@@ -34,7 +34,7 @@ from .report import count_parameters, format_bytes
 from .teacher import capture, causal_lm, run_adapter_layers, run_full_model
 
 
-COLUMNS = {"fedbiot": "client (FedBiOT)", "full_lora": "full-model LoRA", "full_finetuning": "full fine-tuning"}
+COLUMNS = {"fedbiot": "client", "full_lora": "full-model LoRA", "full_finetuning": "full fine-tuning"}
 COLUMNS |= {"cached": "teacher cached", "online": "teacher online"}
 SETTINGS = ("num_adapter_layers", "num_adapter_layers_bottom", "emulator_drop_ratio", "emulator_lora_r")
 SETTINGS += ("num_clients", "fraction_train", "num_rounds", "local_steps", "proximal_weight", "max_length")
@@ -74,7 +74,7 @@ def plan(
           emulator package or the full model), `bytes_per_round_down` and `bytes_per_round_up`.
         - `"server"`, of alignment with a `"cached"` (if that can be) or an `"online"` teacher: `student_flops`, `teacher_flops`,
           `flops_per_step`, `flops_per_round`; at most, `store_bytes` of hidden states in the model's dtype and
-          `flops_to_store` them; the bytes of all clients.
+          `flops_to_store` them; `flops_of_run`, with the initial alignment; the bytes of all clients.
 
     Raises:
         ValueError, OSError: If a setting or the model cannot work in a run, or the model cannot run without data.
@@ -149,7 +149,8 @@ def _build(model: str | PretrainedConfig | PreTrainedModel, args: FedBiOTConfig)
         config = AutoConfig.from_pretrained(config, **remote)
     if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
         raise ValueError(
-            "`quantization_config` is set, but a plan is for weights that are not. Name the unquantized model."
+            "`quantization_config` is set (`load_in_4bit` and `load_in_8bit` do so too), but a plan is for weights that "
+            "are not quantized. Leave it out, or name the unquantized model."
         )
     dtype = model.dtype if isinstance(model, PreTrainedModel) else kwargs.get("dtype", "auto")
     attention = kwargs.get("attn_implementation") or config._attn_implementation
@@ -234,20 +235,23 @@ def _alignment_costs(models: lora.SplitModel, args: FedBiOTConfig, public_exampl
         adapter_layers = _count_flops(lambda: run_adapter_layers(models, batch, seen.entering)) if cached else 0
     # An emulator that drops nothing is not aligned.
     round_steps, first_steps = (args.alignment_steps, args.initial_alignment_steps) if split.dropped else (0, 0)
-    stored = min(public_examples, (first_steps + args.num_rounds * round_steps) * args.alignment_batch_size)
+    all_steps = first_steps + args.num_rounds * round_steps
+    stored = min(public_examples, all_steps * args.alignment_batch_size)
     state_bytes = models.full.config.get_text_config().hidden_size * models.full.dtype.itemsize
-    return {
-        name: {
-            "student_flops": student,
-            "teacher_flops": teacher + logits,
-            "flops_per_step": student + teacher + logits,
-            "flops_per_round": (student + teacher + logits) * round_steps,
-            "store_bytes": examples * args.max_length * state_bytes,
-            "flops_to_store": examples * whole // args.alignment_batch_size,
-        }
-        for name, teacher, examples in (("cached", adapter_layers, stored), ("online", whole, 0))
-        if name == "online" or not split.num_adapter_layers_bottom
-    }
+    costs = {}
+    for name, teacher, examples in (("cached", adapter_layers, stored), ("online", whole, 0)):
+        if name == "online" or not split.num_adapter_layers_bottom:
+            per_step, to_store = student + teacher + logits, examples * whole // args.alignment_batch_size
+            costs[name] = {
+                "student_flops": student,
+                "teacher_flops": teacher + logits,
+                "flops_per_step": per_step,
+                "flops_per_round": per_step * round_steps,
+                "store_bytes": examples * args.max_length * state_bytes,
+                "flops_to_store": to_store,
+                "flops_of_run": per_step * all_steps + to_store,
+            }
+    return costs
 
 
 def plan_tables(plan: dict[str, dict]) -> list[Table]:
@@ -257,16 +261,16 @@ def plan_tables(plan: dict[str, dict]) -> list[Table]:
     layers = f"{len(model['kept'])} + {adapter_layers} of {model['num_layers']} layers"
     titles = {
         "clients": f"One client: {layers} of {model['architecture']} in {model['dtype']}, "
-        "{local_steps} x {per_device_train_batch_size}",
-        "server": "Server: {num_clients} clients, {alignment_steps} x {alignment_batch_size}",
+        "{local_steps} x {per_device_train_batch_size} x {max_length:,} tokens a round",
+        "server": "Server of {num_clients} clients: {initial_alignment_steps} alignment steps, then {alignment_steps} "
+        "a round, x {alignment_batch_size} x {max_length:,} tokens",
     }
     tables = []
     for part, title in titles.items():
         if not plan[part]:  # all layers are adapter layers: nothing to align
             continue
         columns = [Column(COLUMNS[name], justify="right") for name in plan[part]]
-        title = title.format(**settings) + f" x {settings['max_length']:,} tokens a round"
-        tables.append(Table("", *columns, title=title, title_justify="left", show_edge=False))
+        tables.append(Table("", *columns, title=title.format(**settings), title_justify="left", show_edge=False))
         for key in next(iter(plan[part].values())):
             label = key.replace("_", " ").replace("flops", "FLOPs")
             tables[-1].add_row(label, *(_format(key, costs[key]) for costs in plan[part].values()))

@@ -52,12 +52,7 @@ class FederatedServer:
         self.trainer = None
         # An emulator that drops nothing is the full model already.
         if args.aligns and self.split_model.split.dropped:
-            if public_dataset is None or len(public_dataset) == 0:
-                raise ValueError(
-                    f"`public_dataset` is {'None' if public_dataset is None else 'empty'}, but the emulator is aligned "
-                    f"on public text (`initial_alignment_steps` is {args.initial_alignment_steps}, `alignment_steps` "
-                    f"is {args.alignment_steps}). Pass public text, or set both to 0."
-                )
+            check_public_dataset(public_dataset, args)
             self.trainer = EmulatorAlignmentTrainer(
                 self.split_model,
                 args,
@@ -134,3 +129,13 @@ class FederatedServer:
         """Write the client LoRA as a PEFT folder for the full model, with the full model's layer indices."""
         state = self.split_model.split.to_full(self.client_lora)
         save_lora(folder, self.split_model.full.peft_config[CLIENT], state, model_name)
+
+
+def check_public_dataset(public_dataset: Dataset | None, args: FedBiOTConfig):
+    """Raise `ValueError` if there is no text for the alignment that `args` ask for."""
+    if public_dataset is None or len(public_dataset) == 0:
+        raise ValueError(
+            f"`public_dataset` is {'None' if public_dataset is None else 'empty'}, but the emulator is aligned on public "
+            f"text (`initial_alignment_steps` is {args.initial_alignment_steps}, `alignment_steps` is "
+            f"{args.alignment_steps}). Pass public text, or set both to 0."
+        )

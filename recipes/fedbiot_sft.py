@@ -32,6 +32,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 from fedbiot_trainer import METHODS, FedBiOTConfig, run_method
 from fedbiot_trainer.partition import name_client_datasets
 from fedbiot_trainer.plan import plan, plan_tables
+from fedbiot_trainer.server import check_public_dataset
 
 
 RECIPES = Path(__file__).parent
@@ -294,6 +295,13 @@ def print_plan(
     """Print what [`run_method`] with these arguments would cost."""
     num_clients = len(name_client_datasets(client_datasets, train_dataset, args))
     args = METHODS[method].configure(args, num_clients)
+    if METHODS[method].clients == "alone" or args.num_rounds == 0:
+        raise ValueError(
+            f"`plan_only` is True, but `method` is '{method}' ({METHODS[method].description}), and a plan is for one run "
+            "in which clients train. Plan another, such as 'fedbiot'."
+        )
+    if args.aligns:
+        check_public_dataset(public_dataset, args)
     args.num_clients = num_clients if METHODS[method].clients == "federated" else 1
     costs = plan(model, args, peft_config, public_examples=len(public_dataset) if public_dataset is not None else 1)
     if args.process_index == 0:

@@ -255,6 +255,8 @@ def test_rounds():
     for server in case.server.values():
         assert server["flops_per_round"] == SETTINGS["alignment_steps"] * server["flops_per_step"]
         assert server["flops_per_step"] == server["student_flops"] + server["teacher_flops"]
+        num_steps = SETTINGS["initial_alignment_steps"] + SETTINGS["num_rounds"] * SETTINGS["alignment_steps"]
+        assert server["flops_of_run"] == num_steps * server["flops_per_step"] + server["flops_to_store"]
 
 
 def test_only_texts_that_a_run_sees_are_stored(args):
@@ -271,7 +273,9 @@ def test_tables():
         console.print(table)
     shown = console.file.getvalue()
     assert f"2 + 1 of 4 layers of {case.model['architecture']} in {case.model['dtype']}" in shown
-    assert "1 x 2 x 32" in shown and "3 clients, 3 x 4 x 32 tokens a round" in shown
+    titles = " ".join(shown.split())  # they wrap
+    assert "1 x 2 x 32 tokens a round" in titles
+    assert "Server of 3 clients: 1 alignment steps, then 3 a round, x 4 x 32 tokens" in titles
     for name in ("parameters", "trainable_parameters"):
         [row] = [line for line in shown.splitlines() if line.startswith(f" {name.replace('_', ' ')} ")]
         cells = [cell.strip() for cell in row.split("│")[1:]]
