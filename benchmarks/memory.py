@@ -179,7 +179,8 @@ def measure_steps(args) -> list[dict]:
         save_models(args, folder)
         sizes = ("vocab_size", "step_hidden_size", "step_num_layers")
         flags = [f"--models={folder}", *(f"--{name}={getattr(args, name)}" for name in sizes)]
-        names = [step for steps in groups for step in steps] * args.repetitions
+        # The first may build the device, for which the last would wait.
+        names = [ALIGNMENT[0], *groups[0], ALIGNMENT[1]] * args.repetitions
         with ThreadPoolExecutor(2) as pool:  # memory does not depend on what runs beside it
             runs = list(pool.map(lambda step: launch(*flags, f"--step={step}"), names))
         results = {step: [run for name, run in zip(names, runs, strict=True) if name == step] for step in names}

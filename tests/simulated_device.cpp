@@ -2,6 +2,7 @@
 // work; but as on a GPU, an operation refuses tensors of two devices. It takes the place of Intel's Gaudi (`hpu`), which
 // PyTorch leaves empty: in PyTorch's eyes a device like CUDA, to which parameters move in place.
 
+#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/HPUHooksInterface.h>
@@ -14,7 +15,8 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
