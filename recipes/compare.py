@@ -52,6 +52,7 @@ OWN = {
     "--emulator_drop_ratio": "Choose with `--betas`.",
     "--seed": "Choose with `--seeds`.",
     "--eval_drift": "Choose with `--drift` or `--no-drift`.",
+    "--plan_only": "Each has to run: plan with recipes/fedbiot_sft.py.",
 }
 DRIFT = ("fedbiot", "fedbiot_align_once")  # what per-round alignment does to the emulator is measured in these
 

@@ -119,6 +119,7 @@ def test_what_cannot_work(run_compare, capsys):
         (["--betas", "0.5", "1.0"], r"`--betas` is [0.5, 1.0]"),
         (["--methods", "fedavg"], "invalid choice: 'fedavg'"),
         (["--emulator_drop_ratio", "0.2"], "`--emulator_drop_ratio` is set by the comparison in each cell. Choose"),
+        (["--plan_only", "true"], "`--plan_only` is set by the comparison in each cell. Each has to run"),
         (["--seed=3"], "`--seed` is set by the comparison in each cell. Choose with `--seeds`"),
     ):
         with pytest.raises(SystemExit):

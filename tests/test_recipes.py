@@ -263,9 +263,11 @@ def test_plan_of_a_recipe(recipe, files, tmp_path, monkeypatch, method):
     ids=["alone", "nothing trains", "no public text", "quantized"],
 )
 def test_what_cannot_be_planned(recipe, files, tmp_path, flags, message):
-    flags += ["--model_name_or_path", files / "base", "--client_datasets", f"north={files / 'a.jsonl'}", *SMALL]
-    flags += ["--output_dir", tmp_path / "out", "--plan_only", "true", "--prompt_template", "{question}"]
-    flags += ["--completion_template", "{answer}"]
+    flags = [
+        "--model_name_or_path", files / "base", "--client_datasets", f"north={files / 'a.jsonl'}", "--output_dir",
+        tmp_path / "out", "--plan_only", "true", "--prompt_template", "{question}", "--completion_template", "{answer}",
+        *SMALL, *flags,
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=message):
         recipe.main(*recipe.make_parser().parse_args_and_config(list(map(str, flags))))
 
