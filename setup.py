@@ -1,8 +1,11 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedbiot_trainer" / "__init__.py").read_text()).group(1)
 QUALITY = ["ruff>=0.14"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]
 QUANTIZATION = ["bitsandbytes>=0.48", "torchao>=0.18"]
@@ -10,14 +13,14 @@ TEST = ["pytest>=8.0", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
 
 setup(
     name="fedbiot-trainer",
-    version="0.1.0",
+    version=VERSION,
     description="FedBiOT as a Hugging Face Trainer plugin: federated fine-tuning of LLMs without the full model",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     keywords="federated-learning llm fine-tuning lora peft trl transformers privacy",
     license_expression="Apache-2.0",
     packages=find_packages(include=["fedbiot_trainer", "fedbiot_trainer.*"]),
-    package_data={"fedbiot_trainer": ["py.typed", "templates/*.md", "metrics/*/*.py"]},
+    package_data={"fedbiot_trainer": ["py.typed", "output/templates/*.md", "evaluation/metrics/*/*.py"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.15,<2",
@@ -45,6 +48,7 @@ setup(
         "quality": QUALITY,
         "dev": TEST + QUALITY,
     },
+    entry_points={"console_scripts": ["fedbiot = fedbiot_trainer.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

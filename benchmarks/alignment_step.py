@@ -15,7 +15,7 @@ from common import as_peft_runs_it, parser, random_llama, show, spread, timed, t
 from peft import LoraConfig
 
 from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig
-from fedbiot_trainer.lora import CLIENT, get_lora_state, set_lora_state, set_trainable_lora
+from fedbiot_trainer.shared.lora_state import CLIENT, get_lora_state, set_lora_state, set_trainable_lora
 
 
 TARGETS = {("cached", 512): 1.15, ("cached", 32000): 1.3, ("online", 512): 1.6}
@@ -43,9 +43,9 @@ def make_trainer(args, teacher: str, drop_ratio: float, batch_size: int, vocab_s
         LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         processing_class=word_tokenizer(vocab_size),
     )
-    models = trainer.split_model
-    state = {key: t + 0.01 for key, t in get_lora_state(models.emulator, CLIENT).items()}
-    set_lora_state(models.emulator, CLIENT, state)
+    models = trainer.models
+    state = {key: t + 0.01 for key, t in get_lora_state(models.adap_emu, CLIENT).items()}
+    set_lora_state(models.adap_emu, CLIENT, state)
     models.plug_in(state)
     trainer.prepare_teacher()
     set_trainable_lora(trainer.model, trainer.adapter)
@@ -84,7 +84,7 @@ def measure(args, teacher: str, drop_ratio: float, batch_size: int, vocab_size: 
         "teacher": teacher,
         "beta": drop_ratio,
         "hidden_size": args.hidden_size,
-        "num_layers": f"{len(trainer.split_model.split.full_indices)} of {args.num_layers}",
+        "num_layers": f"{len(trainer.models.split.full_indices)} of {args.num_layers}",
         "vocab_size": vocab_size,
         "batch_size": batch_size,
         "num_tokens": args.num_tokens,

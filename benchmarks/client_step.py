@@ -18,8 +18,8 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from fedbiot_trainer import ClientSFTTrainer, FedBiOTConfig, FederatedServer
-from fedbiot_trainer.lora import CLIENT, lora_factors, set_trainable_lora
-from fedbiot_trainer.losses import proximal_term
+from fedbiot_trainer.client.proximal import proximal_term
+from fedbiot_trainer.shared.lora_state import CLIENT, lora_factors, set_trainable_lora
 
 
 TARGET = 1.05

@@ -21,7 +21,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from fedbiot_trainer.fused_lora import FusedLoraLinear
+from fedbiot_trainer.shared.lora_layers import FusedLoraLinear
 
 
 def parser(description: str) -> argparse.ArgumentParser:

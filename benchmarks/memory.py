@@ -74,7 +74,7 @@ def run_federation(args) -> dict:
         )
         prepared = peak_mb()
         runner.train()
-        return {"prepared_mb": prepared, "peak_mb": peak_mb(), "shared": shared_bytes(runner.server.split_model)}
+        return {"prepared_mb": prepared, "peak_mb": peak_mb(), "shared": shared_bytes(runner.server.models)}
 
 
 def shared_bytes(split_model) -> float:

@@ -19,8 +19,8 @@ from peft import LoraConfig
 import fedbiot_trainer.client
 import fedbiot_trainer.server
 from fedbiot_trainer import ClientUpdate, FedBiOTConfig, FederatedRunner, RoundStart
-from fedbiot_trainer.payload import check_lora
-from fedbiot_trainer.trainer import frozen_garbage
+from fedbiot_trainer.shared.round_trainer import frozen_garbage
+from fedbiot_trainer.wire.messages import check_lora
 
 
 # hidden_size, num_layers, vocab_size, intermediate_size

@@ -58,7 +58,7 @@ def run_federation(args):
     runner.train()
     if config.process_index == 0:
         held = {}
-        for name, parameter in runner.server.split_model.full.named_parameters():
+        for name, parameter in runner.server.models.adap_fu.named_parameters():
             tensor = getattr(parameter, "ds_tensor", parameter)
             if "lora_" not in name:
                 held[tensor.data_ptr()] = tensor.nbytes

@@ -38,9 +38,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from fedbiot_trainer import METHODS, FedBiOTConfig
-from fedbiot_trainer.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
-from fedbiot_trainer.plan import SETTINGS, plan
-from fedbiot_trainer.report import COLORS, format_bytes
+from fedbiot_trainer.config.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
+from fedbiot_trainer.federation.costs import SETTINGS, plan
+from fedbiot_trainer.output.figures import COLORS
+from fedbiot_trainer.output.tables import format_bytes
 
 
 RECIPES = Path(__file__).parent

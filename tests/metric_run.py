@@ -10,7 +10,8 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedbiot_trainer import FedBiOTConfig
-from fedbiot_trainer.evaluation import TextMetric, complete
+from fedbiot_trainer.evaluation.passes import complete
+from fedbiot_trainer.evaluation.text_metric import TextMetric
 
 
 # Tells the order of the predictions and the process that computes.

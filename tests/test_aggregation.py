@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedbiot_trainer import ClientUpdate
-from fedbiot_trainer.aggregation import FederatedAverage
+from fedbiot_trainer.server.aggregation import FederatedAverage
 
 
 def federated_average(updates):

@@ -68,14 +68,14 @@ def same_run(make_runner, tmp_path, one: dict, other: dict):
     for name, settings in (("one", one), ("other", other)):
         runner = make_runner(output_dir=str(tmp_path / name), teacher_cache_dir=str(tmp_path / name), **settings)
         summaries.append(runner.train())
-        loras.append(runner.server.split_model.extract())
+        loras.append(runner.server.models.extract())
     for name in ("adap_emu", "adap_fu"):
         assert summaries[1][name] == pytest.approx(summaries[0][name], rel=1e-4)
     assert loras[0].keys() == loras[1].keys()
     for key, tensor in loras[0].items():
         assert torch.allclose(loras[1][key], tensor, atol=2e-4), key
     attention = other["model"].config._attn_implementation
-    for model in (runner.server.split_model.emulator, runner.server.split_model.full):
+    for model in (runner.server.models.adap_emu, runner.server.models.adap_fu):
         assert model.config._attn_implementation == attention
     return runner
 

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from fedbiot_trainer.callbacks import RunProgress
+from fedbiot_trainer.output.progress import RunProgress
 
 
 def record(**changes):

@@ -12,7 +12,7 @@ import yaml
 from conftest import sums, tiny_model
 from safetensors.torch import load_file
 
-from fedbiot_trainer.sharding import prepare_fsdp
+from fedbiot_trainer.shared.processes import prepare_fsdp
 
 
 ROOT = Path(__file__).parents[1]

@@ -4,9 +4,11 @@ from conftest import tiny_model
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedbiot_trainer.emulator import build_emulator, find_decoder_layers, kept_layer_indices, split_layers
-from fedbiot_trainer.lora import SplitModel, get_lora_state
-from fedbiot_trainer.package import EmulatorPackage
+from fedbiot_trainer.server.emulator import drop_layers
+from fedbiot_trainer.server.split import find_decoder_layers, kept_layer_indices, choose_split
+from fedbiot_trainer.server.split_model import SplitModel
+from fedbiot_trainer.shared.lora_state import get_lora_state
+from fedbiot_trainer.wire.package import EmulatorPackage
 
 
 def randomize(model, adapter, seed=0):
@@ -33,12 +35,12 @@ def test_kept_layers_of_the_paper(num_layers, ratio, kept):
 
 
 def test_no_drop_equals_the_full_model(any_model, batch):
-    emulator = build_emulator(any_model, split_layers(any_model, 2, 0.0))
+    emulator = drop_layers(any_model, choose_split(any_model, 2, 0.0))
     assert torch.equal(emulator(**batch).logits, any_model(**batch).logits)
 
 
 def test_emulator_shares_every_tensor(any_model):
-    emulator = build_emulator(any_model, split_layers(any_model, 2, 0.5))
+    emulator = drop_layers(any_model, choose_split(any_model, 2, 0.5))
     full = {parameter.data_ptr() for parameter in any_model.parameters()}
     assert {parameter.data_ptr() for parameter in emulator.parameters()} < full
 
@@ -46,7 +48,7 @@ def test_emulator_shares_every_tensor(any_model):
 def test_building_leaves_the_full_model_alone(any_model, batch):
     before = any_model(**batch).logits
     config = any_model.config.to_dict()
-    emulator = build_emulator(any_model, split_layers(any_model, 2, 0.5))
+    emulator = drop_layers(any_model, choose_split(any_model, 2, 0.5))
     assert torch.equal(any_model(**batch).logits, before)
     assert any_model.config.to_dict() == config
     assert not torch.allclose(emulator(**batch).logits, before, atol=1e-3)
@@ -55,10 +57,10 @@ def test_building_leaves_the_full_model_alone(any_model, batch):
 def test_package_round_trip(any_model, batch, tmp_path):
     models = SplitModel(any_model, 2, 0.5, LoraConfig(r=4, target_modules="all-linear"))
     for adapter in ("client", "emulator"):
-        randomize(models.emulator, adapter)
-    states = get_lora_state(models.emulator, "client"), get_lora_state(models.emulator, "emulator")
+        randomize(models.adap_emu, adapter)
+    states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
     EmulatorPackage.of(models, *states).save(tmp_path)
-    expected = models.emulator.eval()(**batch).logits
+    expected = models.adap_emu.eval()(**batch).logits
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert plain.config.num_hidden_layers == len(models.split.full_indices)
@@ -73,10 +75,10 @@ def test_package_round_trip(any_model, batch, tmp_path):
 
 def test_generation_with_cache_equals_without(any_model, batch):
     models = SplitModel(any_model, 2, 0.5, LoraConfig(r=4, target_modules="all-linear"))
-    randomize(models.emulator, "client")
-    randomize(models.emulator, "emulator")
+    randomize(models.adap_emu, "client")
+    randomize(models.adap_emu, "emulator")
     prompt = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
-    for model in (models.package_model, models.emulator.eval()):
+    for model in (models.package_model, models.adap_emu.eval()):
         options = {**prompt, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
         cached = model.generate(**options, use_cache=True)
         assert torch.equal(cached, model.generate(**options, use_cache=False))
@@ -85,27 +87,27 @@ def test_generation_with_cache_equals_without(any_model, batch):
 
 def test_plug_in_then_extract_is_the_identity(any_model, batch):
     models = SplitModel(any_model, 2, 0.5, LoraConfig(r=4, target_modules="all-linear"))
-    before = models.full(**batch).logits
-    randomize(models.emulator, "client")
-    state = get_lora_state(models.emulator, "client")
+    before = models.adap_fu(**batch).logits
+    randomize(models.adap_emu, "client")
+    state = get_lora_state(models.adap_emu, "client")
     models.plug_in(state)
     extracted = models.extract()
     assert extracted.keys() == state.keys()
     assert all(torch.equal(extracted[key], state[key]) for key in state)
-    assert not torch.allclose(models.full(**batch).logits, before, atol=1e-3)
+    assert not torch.allclose(models.adap_fu(**batch).logits, before, atol=1e-3)
 
 
 def test_plugged_in_lora_equals_the_emulator_when_nothing_is_dropped(any_model, batch):
     models = SplitModel(any_model, 2, 0.0, LoraConfig(r=4, target_modules="all-linear"))
-    randomize(models.emulator, "client")
-    models.plug_in(get_lora_state(models.emulator, "client"))
-    assert torch.equal(models.full(**batch).logits, models.emulator.eval()(**batch).logits)
+    randomize(models.adap_emu, "client")
+    models.plug_in(get_lora_state(models.adap_emu, "client"))
+    assert torch.equal(models.adap_fu(**batch).logits, models.adap_emu.eval()(**batch).logits)
 
 
 def test_layer_types_follow_their_layers():
     model = tiny_model("gemma3_text", head_dim=8, sliding_window=6)
-    split = split_layers(model, 2, 0.5)
-    emulator = build_emulator(model, split)
+    split = choose_split(model, 2, 0.5)
+    emulator = drop_layers(model, split)
     assert emulator.config.layer_types == [model.config.layer_types[i] for i in split.full_indices]
     assert [layer.self_attn.layer_idx for layer in emulator.model.layers] == [0, 1, 2, 3, 4]
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(8))
@@ -114,7 +116,7 @@ def test_layer_types_follow_their_layers():
 def test_hooks_and_loras_stay_on_their_side(model, batch):
     calls = []
     model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
-    emulator = build_emulator(model, split_layers(model, 2, 0.5))
+    emulator = drop_layers(model, choose_split(model, 2, 0.5))
     emulator(**batch)
     assert not calls
 
@@ -123,7 +125,7 @@ def test_hooks_and_loras_stay_on_their_side(model, batch):
 def test_hidden_states_of_a_model_that_gave_some_before(model_type, batch):
     model = tiny_model(model_type)
     model(**batch, output_hidden_states=True)
-    emulator = build_emulator(model, split_layers(model, 2, 0.5))
+    emulator = drop_layers(model, choose_split(model, 2, 0.5))
     assert len(emulator(**batch, output_hidden_states=True).hidden_states) == 6
     assert len(model(**batch, output_hidden_states=True).hidden_states) == 9
 
@@ -131,7 +133,7 @@ def test_hidden_states_of_a_model_that_gave_some_before(model_type, batch):
 @pytest.mark.parametrize("num_adapter_layers", [8, 9])
 def test_adapter_layers_that_leave_no_emulator(model, num_adapter_layers):
     with pytest.raises(ValueError, match=f"`num_adapter_layers` is {num_adapter_layers}.*Use at most 7"):
-        split_layers(model, num_adapter_layers, 0.5)
+        choose_split(model, num_adapter_layers, 0.5)
 
 
 def test_encoder_decoder_is_refused():
@@ -151,7 +153,7 @@ def test_model_without_one_stack_of_layers_is_refused(model):
 def test_layers_that_depend_on_their_position_are_refused():
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ValueError, match="GPT2LMHeadModel with `config.scale_attn_by_inverse_layer_idx=True`"):
-        build_emulator(model, split_layers(model, 2, 0.5))
+        drop_layers(model, choose_split(model, 2, 0.5))
 
 
 def test_layers_that_the_config_cannot_describe_are_refused():
@@ -159,15 +161,15 @@ def test_layers_that_the_config_cannot_describe_are_refused():
     model = tiny_model(
         "deepseek_v3", first_k_dense_replace=3, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2
     )
-    build_emulator(model, split_layers(model, 2, 0.0))
+    drop_layers(model, choose_split(model, 2, 0.0))
     with pytest.raises(ValueError, match="DeepseekV3ForCausalLM, in which .* depends on the layer's position"):
-        build_emulator(model, split_layers(model, 2, 0.5))
+        drop_layers(model, choose_split(model, 2, 0.5))
 
 
 def test_patched_model_is_refused(model):
     model.forward = model.forward
     with pytest.raises(ValueError, match="LlamaForCausalLM whose `forward` was patched"):
-        build_emulator(model, split_layers(model, 2, 0.5))
+        drop_layers(model, choose_split(model, 2, 0.5))
 
 
 def test_folder_that_is_no_package_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 
-from fedbiot_trainer.fused_lora import FusedLoraLinear, _FusedLora, folded_loras, fuse_loras
+from fedbiot_trainer.shared.lora_layers import FusedLoraLinear, _FusedLora, folded_loras, fuse_loras
 
 
 def make_pair(dtype=torch.float32, frozen=False, **settings):

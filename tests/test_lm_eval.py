@@ -12,8 +12,8 @@ from conftest import sums, tiny_model
 from datasets import Dataset
 from test_merge import save_result, trained
 
-from fedbiot_trainer.evaluation import complete
-from fedbiot_trainer.merge import merge
+from fedbiot_trainer.cli.merge import merge
+from fedbiot_trainer.evaluation.passes import complete
 
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo"
@@ -101,7 +101,7 @@ def evaluated(tmp_path_factory, tokenizer):
     merge(folder / "emulator_package", folder / "adap_emu")
     merge(folder / "client_lora", folder / "adap_fu")
 
-    ours = {"adap_emu": models.emulator.eval(), "adap_fu": models.full.eval()}
+    ours = {"adap_emu": models.adap_emu.eval(), "adap_fu": models.adap_fu.eval()}
     prompts = sums(0, 8)["prompt"]
     answers = {name: answers_of(model, prompts, tokenizer) for name, model in ours.items()}
     assert all(emu != fu for emu, fu in zip(*answers.values(), strict=True))

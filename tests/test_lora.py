@@ -3,9 +3,8 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
-from fedbiot_trainer.alignment import split_model
-from fedbiot_trainer.lora import (
-    SplitModel,
+from fedbiot_trainer.server.split_model import SplitModel, split_model
+from fedbiot_trainer.shared.lora_state import (
     get_lora_state,
     load_lora,
     lora_factors,
@@ -22,56 +21,56 @@ def models(model):
 
 def test_state_has_the_keys_and_values_of_peft(models):
     for adapter in ("client", "emulator"):
-        ours = get_lora_state(models.emulator, adapter)
-        theirs = get_peft_model_state_dict(models.emulator, adapter_name=adapter)
+        ours = get_lora_state(models.adap_emu, adapter)
+        theirs = get_peft_model_state_dict(models.adap_emu, adapter_name=adapter)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_loras_are_on_their_layers(models):
     layers = {
-        name: {int(key.split("layers.")[1].split(".")[0]) for key in get_lora_state(models.emulator, name)}
+        name: {int(key.split("layers.")[1].split(".")[0]) for key in get_lora_state(models.adap_emu, name)}
         for name in ("client", "emulator")
     }
     assert layers == {"client": {3, 4}, "emulator": {0, 1, 2}}
-    full = {int(key.split("layers.")[1].split(".")[0]) for key in get_lora_state(models.full, "client")}
+    full = {int(key.split("layers.")[1].split(".")[0]) for key in get_lora_state(models.adap_fu, "client")}
     assert full == {6, 7}
 
 
 def test_only_one_lora_is_trainable(models):
     for adapter in ("client", "emulator"):
-        set_trainable_lora(models.emulator, adapter)
-        trainable = {name for name, parameter in models.emulator.named_parameters() if parameter.requires_grad}
+        set_trainable_lora(models.adap_emu, adapter)
+        trainable = {name for name, parameter in models.adap_emu.named_parameters() if parameter.requires_grad}
         assert trainable
         assert all(f".{adapter}." in name for name in trainable)
 
 
 def test_written_state_is_read_back(models):
-    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.emulator, "client").items()}
-    set_lora_state(models.emulator, "client", state)
-    read = get_lora_state(models.emulator, "client")
+    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.adap_emu, "client").items()}
+    set_lora_state(models.adap_emu, "client", state)
+    read = get_lora_state(models.adap_emu, "client")
     assert all(torch.equal(read[key], state[key]) for key in state)
     with pytest.raises(ValueError, match="The client LoRA's tensors do not match the model's: 1 differ"):
-        set_lora_state(models.emulator, "client", dict(list(state.items())[1:]))
+        set_lora_state(models.adap_emu, "client", dict(list(state.items())[1:]))
 
 
 def test_factors_give_the_update_of_the_weights(models, batch):
-    factors, scalings = lora_factors(models.emulator, "client")
+    factors, scalings = lora_factors(models.adap_emu, "client")
     assert len(factors) == 2 * 7
     assert all(a.shape[0] == b.shape[1] == 4 for a, b in factors)
     assert set(scalings) == {2.0}
 
 
 def test_saved_folder_loads_with_peft_alone(models, model, tmp_path, batch):
-    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.emulator, "client").items()}
+    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.adap_emu, "client").items()}
     models.plug_in(state)
-    save_lora(tmp_path, models.full.peft_config["client"], models.split.to_full(state), "some/model")
+    save_lora(tmp_path, models.adap_fu.peft_config["client"], models.split.to_full(state), "some/model")
     config, loaded = load_lora(tmp_path)
     assert config.base_model_name_or_path == "some/model"
     assert loaded.keys() == models.split.to_full(state).keys()
     plain = PeftModel.from_pretrained(tiny_model(), tmp_path)
-    assert torch.allclose(plain(**batch).logits, models.full(**batch).logits, atol=1e-5)
-    assert torch.allclose(plain.merge_and_unload()(**batch).logits, models.full(**batch).logits, atol=1e-4)
+    assert torch.allclose(plain(**batch).logits, models.adap_fu(**batch).logits, atol=1e-5)
+    assert torch.allclose(plain.merge_and_unload()(**batch).logits, models.adap_fu(**batch).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -86,26 +85,26 @@ def test_saved_folder_loads_with_peft_alone(models, model, tmp_path, batch):
 )
 def test_target_modules_are_resolved(model, targets, expected):
     models = SplitModel(model, 2, 0.5, LoraConfig(target_modules=targets))
-    assert set(models.emulator.peft_config["client"].target_modules) == expected
+    assert set(models.adap_emu.peft_config["client"].target_modules) == expected
 
 
 def test_default_targets_of_an_architecture_that_peft_does_not_know(monkeypatch):
     monkeypatch.setattr("fedbiot_trainer.lora.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
     models = SplitModel(tiny_model("gpt_neox"), 2, 0.5, LoraConfig())
     expected = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
-    assert set(models.emulator.peft_config["client"].target_modules) == expected
+    assert set(models.adap_emu.peft_config["client"].target_modules) == expected
 
 
 def test_emulator_lora_has_its_own_rank_and_no_dropout(model, make_args):
     models = split_model(model, make_args(emulator_lora_r=6), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1))
-    client, emulator = models.emulator.peft_config["client"], models.emulator.peft_config["emulator"]
+    client, emulator = models.adap_emu.peft_config["client"], models.adap_emu.peft_config["emulator"]
     assert (client.r, client.lora_alpha, client.lora_dropout) == (4, 8, 0.1)
     assert (emulator.r, emulator.lora_alpha, emulator.lora_dropout) == (6, 12, 0.0)
 
 
 def test_half_precision_base_keeps_full_precision_loras():
     models = SplitModel(tiny_model(dtype=torch.bfloat16), 2, 0.5)
-    assert {tensor.dtype for tensor in get_lora_state(models.emulator, "client").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in get_lora_state(models.adap_emu, "client").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

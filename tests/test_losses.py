@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedbiot_trainer.losses import hidden_state_loss, masked_kl, proximal_term
+from fedbiot_trainer.client.proximal import proximal_term
+from fedbiot_trainer.shared.losses import hidden_state_loss, masked_kl
 
 
 @pytest.fixture

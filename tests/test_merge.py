@@ -5,25 +5,26 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedbiot_trainer import EmulatorPackage
-from fedbiot_trainer.lora import SplitModel, get_lora_state, save_lora
-from fedbiot_trainer.merge import main, merge
+from fedbiot_trainer.cli.merge import main, merge
+from fedbiot_trainer.server.split_model import SplitModel
+from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora
 
 
 def trained(model, num_adapter_layers=2):
     """A split of `model` with random LoRAs, and its package."""
     models = SplitModel(model, num_adapter_layers, 0.5, LoraConfig(r=4, target_modules="all-linear"))
     torch.manual_seed(0)
-    for name, parameter in models.emulator.named_parameters():
+    for name, parameter in models.adap_emu.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    states = get_lora_state(models.emulator, "client"), get_lora_state(models.emulator, "emulator")
+    states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
     models.plug_in(states[0])
     return models, EmulatorPackage.of(models, *states)
 
 
 def save_result(models, package, folder, base_model):
     """What a run leaves of the client LoRA."""
-    save_lora(folder, models.full.peft_config["client"], models.split.to_full(package.client_lora), base_model)
+    save_lora(folder, models.adap_fu.peft_config["client"], models.split.to_full(package.client_lora), base_model)
     return folder
 
 
@@ -40,7 +41,7 @@ def test_emulator_package_becomes_adap_emu(any_model, tokenizer, batch, tmp_path
     models, package = trained(any_model)
     package.save(tmp_path / "package", tokenizer)
     merge(tmp_path / "package", tmp_path / "adap_emu")
-    merged, expected = logits(load(tmp_path / "adap_emu"), batch), logits(models.emulator, batch)
+    merged, expected = logits(load(tmp_path / "adap_emu"), batch), logits(models.adap_emu, batch)
     assert torch.allclose(merged, expected, atol=1e-4)
     assert not torch.allclose(merged, logits(load(tmp_path / "package"), batch), atol=1e-2)
     assert AutoTokenizer.from_pretrained(tmp_path / "adap_emu")("1+2=").input_ids == tokenizer("1+2=").input_ids
@@ -53,7 +54,7 @@ def test_merging_leaves_the_package_and_the_full_model_alone(model, batch, num_a
     models, package = trained(model, num_adapter_layers)
     assert (package.emulator_config is None) == (num_adapter_layers == -1)
     for _ in range(2):
-        assert torch.allclose(logits(package.merged(), batch), logits(models.emulator, batch), atol=1e-4)
+        assert torch.allclose(logits(package.merged(), batch), logits(models.adap_emu, batch), atol=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(logits(model, batch), plain)
 
@@ -69,7 +70,7 @@ def test_client_lora_becomes_adap_fu(model, tokenizer, batch, tmp_path, named, c
     folder = save_result(models, package, tmp_path / "client_lora", base)
     main([str(folder), str(tmp_path / "adap_fu"), *option])
     merged = load(tmp_path / "adap_fu")
-    assert torch.allclose(logits(merged, batch), logits(models.full, batch), atol=1e-4)
+    assert torch.allclose(logits(merged, batch), logits(models.adap_fu, batch), atol=1e-4)
     assert f"{merged.num_parameters():,} parameters in float32, in " in capsys.readouterr().out
 
 

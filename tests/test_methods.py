@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer import METHODS, run_method
-from fedbiot_trainer.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
+from fedbiot_trainer.config.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")

@@ -3,7 +3,7 @@ from conftest import sums
 from datasets import Dataset
 
 from fedbiot_trainer import partition_dataset
-from fedbiot_trainer.partition import name_client_datasets
+from fedbiot_trainer.data.partition import name_client_datasets
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save
 
 from fedbiot_trainer import ClientUpdate, PayloadError, RoundStart
-from fedbiot_trainer.payload import MAGIC, check_lora
+from fedbiot_trainer.wire.messages import MAGIC, check_lora
 
 
 STATE = {"layers.0.lora_A.weight": torch.arange(6.0).view(2, 3), "layers.0.lora_B.weight": torch.ones(3, 2)}

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaModel
 from trl import SFTTrainer
 
 from fedbiot_trainer import ClientSFTTrainer, ClientUpdate, EmulatorAlignmentTrainer, EmulatorPackage, RoundStart
-from fedbiot_trainer.alignment import split_model
-from fedbiot_trainer.config import FedBiOTConfig
-from fedbiot_trainer.lora import get_lora_state
-from fedbiot_trainer.plan import main, plan, plan_tables
-from fedbiot_trainer.report import count_parameters
+from fedbiot_trainer.cli.plan import main, plan_tables
+from fedbiot_trainer.config.settings import FedBiOTConfig
+from fedbiot_trainer.federation.costs import plan
+from fedbiot_trainer.server.split_model import count_parameters, split_model
+from fedbiot_trainer.shared.lora_state import get_lora_state
 
 
 MODELS = {
@@ -81,7 +81,7 @@ def texts():
 def make_client(args, texts, tokenizer):
     def make(model, **changes):
         models = split_model(model, args(**changes), lora())
-        return ClientSFTTrainer(models.emulator, args(**changes), texts, processing_class=tokenizer)
+        return ClientSFTTrainer(models.adap_emu, args(**changes), texts, processing_class=tokenizer)
 
     return make
 
@@ -127,7 +127,7 @@ def test_parameters(args, name):
     case = planned(name)
     models = split_model(case.build(), args(), lora())
     assert case.parameters == count_parameters(models)
-    held = sum(parameter.numel() for parameter in models.emulator.parameters())
+    held = sum(parameter.numel() for parameter in models.adap_emu.parameters())
     assert case.clients["fedbiot"]["parameters"] == held
     assert case.clients["fedbiot"]["trainable_parameters"] == case.parameters["trainable_client"]
 
@@ -209,7 +209,7 @@ def test_bytes(args, tmp_path, tied, dtype):
     client, server = costs["clients"]["fedbiot"], costs["server"]["online"]
 
     models = split_model(model, settings, lora())
-    states = [get_lora_state(models.emulator, adapter) for adapter in ("client", "emulator")]
+    states = [get_lora_state(models.adap_emu, adapter) for adapter in ("client", "emulator")]
     down, up = RoundStart(1, *states).to_bytes(), ClientUpdate(1, "", 7, {}, states[0]).to_bytes()
     assert (client["bytes_per_round_down"], client["bytes_per_round_up"]) == (len(down), len(up))
     assert (server["bytes_per_round_down"], server["bytes_per_round_up"]) == (3 * len(down), 3 * len(up))

@@ -8,11 +8,12 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedbiot_trainer import ClientSFTTrainer, EmulatorAlignmentTrainer, EmulatorPackage, FederatedRunner
-from fedbiot_trainer.emulator import build_emulator, split_layers
-from fedbiot_trainer.evaluation import evaluate_loss
-from fedbiot_trainer.lora import SplitModel, get_lora_state, save_lora, set_trainable_lora
-from fedbiot_trainer.merge import merge
-from fedbiot_trainer.report import count_parameters
+from fedbiot_trainer.cli.merge import merge
+from fedbiot_trainer.evaluation.passes import evaluate_loss
+from fedbiot_trainer.server.emulator import drop_layers
+from fedbiot_trainer.server.split import choose_split
+from fedbiot_trainer.server.split_model import SplitModel, count_parameters
+from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora, set_trainable_lora
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -81,7 +82,7 @@ def gradients(model, batch):
 
 
 def saved(models, path):
-    states = get_lora_state(models.emulator, "client"), get_lora_state(models.emulator, "emulator")
+    states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
     EmulatorPackage.of(models, *states).save(path)
     return path
 
@@ -90,30 +91,30 @@ def test_emulator_shares_quantized_weights(load, quantization, batch):
     model = load(quantization())
     models = SplitModel(model, 2, 0.5, LORA)
     full = {id(parameter) for parameter in model.parameters()}
-    assert all(id(p) in full for name, p in models.emulator.named_parameters() if "lora_" not in name)
+    assert all(id(p) in full for name, p in models.adap_emu.named_parameters() if "lora_" not in name)
     assert count_parameters(models)["full"] == sum(p.numel() for p in tiny_model(**SIZES).parameters())
 
     whole = SplitModel(model, 2, 0.0, LORA)
     randomize(whole.emulator, "client")
     whole.plug_in(get_lora_state(whole.emulator, "client"))
     assert torch.equal(logits(whole.full, batch), logits(whole.emulator, batch))
-    assert torch.equal(logits(build_emulator(model, split_layers(model, 2, 0.0)), batch), logits(model, batch))
+    assert torch.equal(logits(drop_layers(model, choose_split(model, 2, 0.0)), batch), logits(model, batch))
 
 
 def test_gradient_of_the_lower_layers_is_that_of_the_dequantized_model(load, quantization, batch):
     models = SplitModel(load(quantization()), 2, 0.5, LORA)
-    randomize(models.emulator, "client")
-    randomize(models.emulator, "emulator")
-    logits(models.full, batch)  # the teacher, on the same weights
-    found = gradients(models.emulator.train(), batch)
+    randomize(models.adap_emu, "client")
+    randomize(models.adap_emu, "emulator")
+    logits(models.adap_fu, batch)  # the teacher, on the same weights
+    found = gradients(models.adap_emu.train(), batch)
 
-    layers = models.emulator.get_base_model().model.layers
+    layers = models.adap_emu.get_base_model().model.layers
     for module in [module for layer in layers for module in layer.modules() if hasattr(module, "base_layer")]:
         inputs = torch.eye(module.in_features)
         weight = module.base_layer.train()(inputs).detach().T
         module.base_layer = torch.nn.Linear(*inputs.shape, bias=False)
         module.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    expected = gradients(models.emulator, batch)
+    expected = gradients(models.adap_emu, batch)
     assert len(found) == len(expected) == 3 * 7 * 2
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item()), name
@@ -126,9 +127,9 @@ def test_package_round_trip(load, quantization, pre_quantized, batch, tmp_path):
         model.save_pretrained(tmp_path / "full")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     models = SplitModel(model, 2, 0.5, LORA)
-    randomize(models.emulator, "client")
-    randomize(models.emulator, "emulator")
-    expected = logits(models.emulator, batch)
+    randomize(models.adap_emu, "client")
+    randomize(models.adap_emu, "emulator")
+    expected = logits(models.adap_emu, batch)
     path = saved(models, tmp_path / "package")
     assert "quantization_config" in json.loads((path / "config.json").read_text())
     package = EmulatorPackage.load(path)
@@ -140,7 +141,7 @@ def test_merging_into_quantized_weights_is_refused(load, quantization, folder, t
     models = SplitModel(load(quantization()), 2, 0.5, LORA)
     package = saved(models, tmp_path / "package")
     client_lora = tmp_path / "client_lora"
-    save_lora(client_lora, models.full.peft_config["client"], get_lora_state(models.full, "client"), folder)
+    save_lora(client_lora, models.adap_fu.peft_config["client"], get_lora_state(models.adap_fu, "client"), folder)
     method = models.package_model.hf_quantizer.quantization_config.quant_method.value
     for path, options in ((package, {}), (client_lora, {"quantization_config": quantization()})):
         with pytest.raises(ValueError, match=f"The model is quantized with {method}, and merging a LoRA would round"):
@@ -184,8 +185,8 @@ def test_lora_keeps_its_dtype(make_args, load, tokenizer):
         load(bnb_4bit()), make_args(), sums(40, 60), peft_config=LORA, processing_class=tokenizer
     )
     trainer.train()
-    ClientSFTTrainer(trainer.split_model.emulator, make_args(), sums(0, 8), processing_class=tokenizer)
-    state = get_lora_state(trainer.split_model.emulator, "emulator")
+    ClientSFTTrainer(trainer.models.adap_emu, make_args(), sums(0, 8), processing_class=tokenizer)
+    state = get_lora_state(trainer.models.adap_emu, "emulator")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
@@ -221,7 +222,7 @@ def test_layers_that_the_config_cannot_describe_are_refused(tmp_path):
     ).save_pretrained(tmp_path)  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bnb_8bit())
     with pytest.raises(ValueError, match="DeepseekV3ForCausalLM, in which .* depends on the layer's position"):
-        build_emulator(model, split_layers(model, 2, 0.5))
+        drop_layers(model, choose_split(model, 2, 0.5))
 
 
 def test_model_that_was_repacked_for_inference_is_refused(load, batch):

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer import METHODS, FedBiOTConfig
-from fedbiot_trainer.plan import plan_tables
+from fedbiot_trainer.cli.plan import plan_tables
 
 
 ROOT = Path(__file__).parents[1]

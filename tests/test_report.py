@@ -4,8 +4,9 @@ import pytest
 from peft import LoraConfig
 from rich.console import Console
 
-from fedbiot_trainer.lora import SplitModel
-from fedbiot_trainer.report import count_parameters, format_bytes, plot_rounds, result_lines, result_table, split_table
+from fedbiot_trainer.output.figures import plot_rounds
+from fedbiot_trainer.output.tables import format_bytes, result_lines, result_table, split_table
+from fedbiot_trainer.server.split_model import SplitModel, count_parameters
 
 
 SUMMARY = {

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
 from trl import SFTConfig, SFTTrainer
 
 from fedbiot_trainer import ClientUpdate, FedBiOTConfig, FederatedRunner, PayloadError, RoundStart
-from fedbiot_trainer.lora import get_lora_state, set_lora_state
+from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
 
 
 WORDS = Dataset.from_dict({"prompt": ["a="], "completion": ["b"]})
@@ -83,7 +83,7 @@ def test_summary(run):
     plain = AutoModelForCausalLM.from_pretrained(run.folder.path / "emulator_package")
     assert parameters["emulator"] == plain.num_parameters()
     assert parameters["client_share"] == parameters["emulator"] / parameters["full"]
-    client = get_lora_state(run.server.split_model.emulator, "client")
+    client = get_lora_state(run.server.models.adap_emu, "client")
     assert parameters["trainable_client"] == sum(tensor.numel() for tensor in client.values())
     assert summary["settings"]["emulator_drop_ratio"] == 0.5
     assert summary["versions"]["torch"]
@@ -108,9 +108,9 @@ def test_figure_and_trackers(run):
 
 def test_result_loads_without_this_package(run, tmp_path):
     """The result is AdapFu for plain transformers + peft: plugged in, merged and in a pipeline."""
-    run.server.load()
+    run.server.install_loras()
     inputs = torch.arange(3, 13)[None]
-    torch.save(run.server.split_model.full(inputs).logits, tmp_path / "expected.pt")
+    torch.save(run.server.models.adap_fu(inputs).logits, tmp_path / "expected.pt")
     script = f"""
 import sys, torch
 from peft import PeftModel
@@ -144,9 +144,9 @@ def test_package_with_its_loras_is_adap_emu(run, tokenizer):
     )
     model.load_adapter(package / "emulator_lora", adapter_name="emulator")
     model.base_model.set_adapter(["client", "emulator"])
-    run.server.load()
+    run.server.install_loras()
     inputs = torch.arange(3, 13)[None]
-    expected = run.server.split_model.emulator.eval()(inputs).logits
+    expected = run.server.models.adap_emu.eval()(inputs).logits
     assert torch.allclose(model.eval()(inputs).logits, expected, atol=1e-5)
     assert pipeline("text-generation", model.get_base_model(), tokenizer=tokenizer)("5+1=", max_new_tokens=2)
 
@@ -180,7 +180,7 @@ def test_frozen_tensors_are_bit_identical(make_runner, model_type, dtype, tied):
     runner.train()
     assert_same(model.state_dict(), before)
     full = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    emulator = runner.server.split_model.package_model.state_dict()
+    emulator = runner.server.models.package_model.state_dict()
     assert {tensor.data_ptr() for tensor in emulator.values()} < full
     assert any(not torch.equal(client[key], tensor) for key, tensor in runner.server.client_lora.items())
 
@@ -191,8 +191,8 @@ def test_one_client_in_one_round_is_plain_sft(make_runner, tokenizer, tmp_path):
         client_datasets={"only": sums(0, 8)}, num_rounds=1, local_steps=8, proximal_weight=0.0,
         initial_alignment_steps=0, alignment_steps=0, emulator_drop_ratio=0.0,
     )  # fmt: skip
-    start = runner.server.split_model.split.to_full(runner.server.client_lora)
-    config = copy.deepcopy(runner.server.split_model.full.peft_config["client"])
+    start = runner.server.models.split.to_full(runner.server.client_lora)
+    config = copy.deepcopy(runner.server.models.adap_fu.peft_config["client"])
     runner.train()
 
     plain_model = get_peft_model(tiny_model(), config)
@@ -205,7 +205,7 @@ def test_one_client_in_one_round_is_plain_sft(make_runner, tokenizer, tmp_path):
     loss = plain.train().training_loss
 
     assert rounds_of(runner)[0]["client_losses"]["only"] == pytest.approx(loss, abs=1e-6)
-    result = runner.server.split_model.split.to_full(runner.server.client_lora)
+    result = runner.server.models.split.to_full(runner.server.client_lora)
     trained = get_lora_state(plain_model, "default")
     # Rounding differs from that of the LoRA layers of PEFT, through eight AdamW steps of 1e-2.
     assert all(torch.allclose(result[key], trained[key], atol=1e-4) for key in trained)
@@ -228,12 +228,12 @@ def test_nothing_depends_on_what_the_other_party_left(make_runner, tmp_path, mon
     plain.train()
 
     runner = make_runner(output_dir=str(tmp_path / "scribbled"))
-    models = runner.server.split_model
+    models = runner.server.models
 
     def scribble():
         for adapter in ("client", "emulator"):
-            state = get_lora_state(models.emulator, adapter)
-            set_lora_state(models.emulator, adapter, {key: torch.full_like(t, 9.0) for key, t in state.items()})
+            state = get_lora_state(models.adap_emu, adapter)
+            set_lora_state(models.adap_emu, adapter, {key: torch.full_like(t, 9.0) for key, t in state.items()})
         models.plug_in({key: torch.full_like(t, 9.0) for key, t in models.extract().items()})
 
     def scribbled(method):
@@ -445,7 +445,7 @@ def test_round_without_a_valid_update_stops_the_run(make_runner):
     assert [len(record["refused"]) for record in records] == [0, 2]
     assert (runner.folder.path / "rounds.png").exists()
     result = PeftModel.from_pretrained(tiny_model(), runner.folder.path / "client_lora")
-    saved = runner.server.split_model.split.to_emulator(get_lora_state(result, "default"))
+    saved = runner.server.models.split.to_emulator(get_lora_state(result, "default"))
     assert_same(saved, runner.server.client_lora)
 
 

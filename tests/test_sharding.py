@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedbiot_trainer.sharding import DeepSpeedSettings, deal, gathered
+from fedbiot_trainer.shared.processes import DeepSpeedSettings, deal, gathered
 
 
 class Process:

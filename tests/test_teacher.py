@@ -7,10 +7,11 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from fedbiot_trainer import EmulatorAlignmentTrainer
-from fedbiot_trainer.alignment import PLACE
-from fedbiot_trainer.hidden_states import HiddenStateStore, store_folder
-from fedbiot_trainer.lora import SplitModel, get_lora_state, set_lora_state
-from fedbiot_trainer.teacher import OutputHead, run_adapter_layers, run_full_model
+from fedbiot_trainer.server.alignment import PLACE
+from fedbiot_trainer.server.capture import OutputHead, run_adapter_layers, run_full_model
+from fedbiot_trainer.server.hidden_states import HiddenStateStore, store_folder
+from fedbiot_trainer.server.split_model import SplitModel
+from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -37,24 +38,24 @@ def shards(tmp_path):
 def scramble(models, seed=0):
     """A client LoRA that changes what the adapter layers do."""
     torch.manual_seed(seed)
-    state = get_lora_state(models.full, "client")
+    state = get_lora_state(models.adap_fu, "client")
     models.plug_in({key: torch.randn_like(t) * 0.1 for key, t in models.split.to_emulator(state).items()})
-    set_lora_state(models.emulator, "client", models.extract())
+    set_lora_state(models.adap_emu, "client", models.extract())
 
 
 def test_adapter_layers_alone_are_the_full_model(any_model, batch):
     models = SplitModel(any_model, 2, 0.5, LORA)
     scramble(models)
-    models.emulator.eval()
+    models.adap_emu.eval()
     expected = run_full_model(models, batch)
     states = run_adapter_layers(models, batch, expected.entering)
     mask = batch["attention_mask"].bool()
     assert torch.allclose(states.last[mask], expected.last[mask], atol=1e-5)
     assert torch.equal(states.entering, expected.entering)
     with OutputHead(any_model).whole() as logits:
-        assert torch.allclose(logits(states.last)[mask], models.full(**batch).logits[mask], atol=1e-4)
+        assert torch.allclose(logits(states.last)[mask], models.adap_fu(**batch).logits[mask], atol=1e-4)
     # The emulator is itself again.
-    assert not torch.allclose(models.emulator(**batch).logits[mask], models.full(**batch).logits[mask], atol=1e-3)
+    assert not torch.allclose(models.adap_emu(**batch).logits[mask], models.adap_fu(**batch).logits[mask], atol=1e-3)
 
 
 def test_unknown_scaling_of_logits_is_refused(make_trainer):
@@ -86,8 +87,8 @@ def test_scaled_and_capped_logits(model_type, changes):
 
 def test_alignment_loss_is_the_formula_in_every_architecture(any_model, make_trainer, batch):
     trainer = make_trainer(any_model, alignment_kl_weight=0.7)
-    scramble(trainer.split_model)
-    full, student, mask = trainer.split_model.full.eval(), trainer.model.eval(), batch["attention_mask"].bool()
+    scramble(trainer.models)
+    full, student, mask = trainer.models.adap_fu.eval(), trainer.model.eval(), batch["attention_mask"].bool()
     with torch.no_grad():
         states = [model(**batch, output_hidden_states=True) for model in (student, full)]
         h_s, h_t = states[0].hidden_states[3][mask], states[1].hidden_states[6][mask]
@@ -100,10 +101,10 @@ def test_alignment_loss_is_the_formula_in_every_architecture(any_model, make_tra
 
 def test_nothing_is_left_on_the_model_after_an_error(model, batch):
     models = SplitModel(model, 2, 0.5, LORA)
-    before = models.emulator(**batch).logits
+    before = models.adap_emu(**batch).logits
     with pytest.raises(RuntimeError):
         run_adapter_layers(models, batch, torch.zeros(1, 2, 7))
-    assert torch.equal(models.emulator(**batch).logits, before)
+    assert torch.equal(models.adap_emu(**batch).logits, before)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"alignment_kl_weight": 0.0}], ids=["fp32", "bf16", "no-kl"])
@@ -112,7 +113,7 @@ def test_cached_and_online_give_the_same(make_trainer, settings):
     results = {}
     for teacher in ("online", "cached"):
         trainer = make_trainer(teacher=teacher, initial_alignment_steps=12, **settings)
-        scramble(trainer.split_model)
+        scramble(trainer.models)
         trainer.train()
         results[teacher] = dict(trainer.step_metrics), get_lora_state(trainer.model, "emulator")
     (online, online_lora), (cached, cached_lora) = results["online"], results["cached"]
@@ -127,8 +128,8 @@ def test_cached_and_online_give_the_same(make_trainer, settings):
 def test_full_model_is_not_run_in_the_steps(make_trainer):
     trainer = make_trainer()
     trainer.prepare_teacher()
-    models = trainer.split_model
-    layers = models.full.get_base_model().model.layers
+    models = trainer.models
+    layers = models.adap_fu.get_base_model().model.layers
     for index in models.split.dropped:
         layers[index].register_forward_pre_hook(lambda *args: pytest.fail("a dropped layer was run"))
     trainer.train()
@@ -244,7 +245,7 @@ def test_long_and_short_texts(make_trainer):
     for text in trainer.train_dataset:
         inputs = {"input_ids": torch.tensor([text["input_ids"]])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        states[text[PLACE]] = run_full_model(trainer.split_model, inputs).entering[0]
+        states[text[PLACE]] = run_full_model(trainer.models, inputs).entering[0]
     assert sorted(states) == list(range(19))
     for place, expected in states.items():
         assert torch.allclose(trainer.store[place], expected, atol=1e-5)
@@ -262,7 +263,7 @@ def test_dropped_layers_stay_off_the_device(make_trainer, monkeypatch, offload):
     moved, to = set(), torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: moved.add(self.data_ptr()) or to(self, *args))
     models.move(torch.device("cpu"), offload)
-    layers = models.full.get_base_model().model.layers
+    layers = models.adap_fu.get_base_model().model.layers
     for index, layer in enumerate(layers):
         addresses = {parameter.data_ptr() for parameter in layer.parameters()}
         assert (addresses & moved == set()) if offload and index in models.split.dropped else addresses <= moved

@@ -20,12 +20,12 @@ from fedbiot_trainer import (
     FederatedServer,
     alignment,
 )
-from fedbiot_trainer.fused_lora import folded_loras
-from fedbiot_trainer.lora import get_lora_state, lora_factors, set_lora_state, set_trainable_lora
-from fedbiot_trainer.losses import hidden_state_loss
-from fedbiot_trainer.payload import RoundStart
-from fedbiot_trainer.teacher import run_full_model
-from fedbiot_trainer.trainer import StepSampler
+from fedbiot_trainer.server.capture import run_full_model
+from fedbiot_trainer.shared.lora_layers import folded_loras
+from fedbiot_trainer.shared.lora_state import get_lora_state, lora_factors, set_lora_state, set_trainable_lora
+from fedbiot_trainer.shared.losses import hidden_state_loss
+from fedbiot_trainer.shared.round_trainer import StepSampler
+from fedbiot_trainer.wire.messages import RoundStart
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -95,15 +95,15 @@ def test_dropping_the_last_batch_of_everything():
 def test_one_client_without_proximal_term_is_plain_sft(make_args, make_alignment, tokenizer, tmp_path, settings):
     models = make_alignment(emulator_drop_ratio=0.0).split_model
     torch.manual_seed(3)
-    start = {key: torch.randn_like(t) * 0.1 for key, t in get_lora_state(models.emulator, "client").items()}
+    start = {key: torch.randn_like(t) * 0.1 for key, t in get_lora_state(models.adap_emu, "client").items()}
     shared = {"logging_steps": 1} | settings
 
-    set_lora_state(models.emulator, "client", start)
+    set_lora_state(models.adap_emu, "client", start)
     args = make_args(num_rounds=1, local_steps=9, proximal_weight=0.0, **shared)
-    ours = ClientSFTTrainer(models.emulator, args, sums(0, 8), processing_class=tokenizer)
+    ours = ClientSFTTrainer(models.adap_emu, args, sums(0, 8), processing_class=tokenizer)
     ours.train()
 
-    config = copy.deepcopy(models.full.peft_config["client"])
+    config = copy.deepcopy(models.adap_fu.peft_config["client"])
     plain_model = get_peft_model(tiny_model(), config)
     set_lora_state(plain_model, "default", start)
     plain_args = SFTConfig(
@@ -117,7 +117,7 @@ def test_one_client_without_proximal_term_is_plain_sft(make_args, make_alignment
     assert len(logged(plain)) == 9
     assert logged(ours) == pytest.approx(logged(plain), abs=1e-6)
     assert logged(ours, "learning_rate") == logged(plain, "learning_rate")
-    ours_state, plain_state = get_lora_state(models.emulator, "client"), get_lora_state(plain_model, "default")
+    ours_state, plain_state = get_lora_state(models.adap_emu, "client"), get_lora_state(plain_model, "default")
     assert all(torch.allclose(ours_state[key], plain_state[key], atol=1e-6) for key in start)
     assert any(not torch.allclose(ours_state[key], start[key], atol=1e-3) for key in start)
 
@@ -271,7 +271,7 @@ def test_alignment_brings_the_emulator_closer(make_alignment):
 def test_alignment_loss_is_the_formula(make_alignment, batch, weight):
     trainer = make_alignment(alignment_kl_weight=weight)
     trainer.train()
-    full, student, mask = trainer.split_model.full.eval(), trainer.model.eval(), batch["attention_mask"]
+    full, student, mask = trainer.models.adap_fu.eval(), trainer.model.eval(), batch["attention_mask"]
     with torch.no_grad():
         h_t = full(**batch, output_hidden_states=True).hidden_states[6]
         h_s = student(**batch, output_hidden_states=True).hidden_states[3]
@@ -285,10 +285,10 @@ def test_alignment_loss_is_the_formula(make_alignment, batch, weight):
 
 def test_teacher_is_the_full_model_with_the_current_client_lora(make_alignment, batch):
     trainer = make_alignment()
-    models = trainer.split_model
+    models = trainer.models
     before = trainer.compute_loss(trainer.model.eval(), dict(batch))
     states = run_full_model(models, batch)
-    state = get_lora_state(models.emulator, "client")
+    state = get_lora_state(models.adap_emu, "client")
     models.plug_in({key: torch.randn_like(tensor) for key, tensor in state.items()})
     after = run_full_model(models, batch)
     assert torch.equal(states.entering, after.entering)
@@ -308,7 +308,7 @@ def test_alignment_with_a_folded_client_lora(make_alignment, monkeypatch, teache
             key: torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) / 10 for key, t in state.items()
         }
         set_lora_state(trainer.model, "client", state)
-        trainer.split_model.plug_in(state)
+        trainer.models.plug_in(state)
         trainer.train()
         assert len(models) == num_models
         return trainer.step_metrics, get_lora_state(trainer.model, "emulator")
@@ -416,7 +416,7 @@ def test_resume_from_a_checkpoint(make_args, tokenizer, tmp_path, party):
         if party == "emulator":
             return alignment
         return ClientSFTTrainer(
-            alignment.split_model.emulator, make_args(**settings), sums(0, 8), processing_class=tokenizer
+            alignment.models.adap_emu, make_args(**settings), sums(0, 8), processing_class=tokenizer
         )
 
     whole, resumed = make(), make()
@@ -489,7 +489,7 @@ def test_client_keeps_no_activations_of_the_emulator(make_args, tokenizer):
             emulator_drop_ratio=drop_ratio, initial_alignment_steps=0, alignment_steps=0, proximal_weight=0.0
         )
         models = FederatedServer(tiny_model(num_hidden_layers=num_layers), args, None, tokenizer, LORA).split_model
-        trainer = ClientSFTTrainer(models.emulator, args, sums(0, 8), processing_class=tokenizer)
+        trainer = ClientSFTTrainer(models.adap_emu, args, sums(0, 8), processing_class=tokenizer)
         kept[len(models.split.full_indices)] = kept_for_backward(trainer)
     assert set(kept) == {4, 7, 12}
     assert len(set(kept.values())) == 1

@@ -1,0 +1,25 @@
+"""One door to everything: `fedbiot COMMAND ...`, or `python -m fedbiot_trainer COMMAND ...`."""
+
+import importlib
+import sys
+
+
+COMMANDS = {
+    "train": "federated fine-tuning, from a YAML or flags",
+    "plan": "what a run will cost, from the model's config alone",
+    "merge": "what a run leaves as one plain model folder",
+}
+
+
+def main(argv: list[str] | None = None):
+    """Run a command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
+        return
+    lines = "".join(f"  {name:<8}{text}\n" for name, text in COMMANDS.items())
+    text = f"usage: fedbiot COMMAND ...\n\n{lines}\n`fedbiot COMMAND --help` lists its flags.\n"
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(text)
+    else:
+        sys.exit(f"{text}\nfedbiot: error: there is no command '{argv[0]}'.")

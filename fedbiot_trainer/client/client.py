@@ -1,0 +1,59 @@
+"""The data side of a round: a payload in, local steps on private text, a payload out."""
+
+from datasets import Dataset
+
+from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, set_lora_state
+from ..wire.messages import ClientUpdate, RoundStart
+from .trainer import ClientSFTTrainer
+
+
+class FederatedClient:
+    """
+    One data owner. It sees the emulator package and [`RoundStart`] payloads, and gives [`ClientUpdate`] payloads. It
+    keeps nothing between rounds: what it needs of earlier ones is in the payload.
+
+    Args:
+        name (`str`): Name of the client, unique in the federation.
+        trainer ([`ClientSFTTrainer`]): Does the local steps. Simulated clients share one; nothing of a client stays
+            in it between two calls of [`fit`].
+        train_dataset ([`~datasets.Dataset`]): The client's private text.
+
+    Raises:
+        ValueError: If the dataset is empty or holds nothing to train on.
+    """
+
+    def __init__(self, name: str, trainer: ClientSFTTrainer, train_dataset: Dataset):
+        self.name = name
+        self.trainer = trainer
+        self.num_examples = len(train_dataset)
+        self.train_dataset = trainer.prepare(train_dataset, f"client '{name}'")
+
+    def fit(self, start: bytes) -> bytes:
+        """
+        Train for one round.
+
+        Args:
+            start (`bytes`): A [`RoundStart`].
+
+        Returns:
+            `bytes`: A [`ClientUpdate`] with the client LoRA after the steps that were ordered.
+
+        Raises:
+            PayloadError: If the payload is damaged, or not for this emulator.
+        """
+        trainer = self.trainer
+        loras = {"client_lora": CLIENT, "emulator_lora": EMULATOR}
+        own = {group: get_lora_state(trainer.model, lora_name) for group, lora_name in loras.items()}
+        order = RoundStart.from_bytes(start, **own)
+        for group, lora_name in loras.items():
+            set_lora_state(trainer.model, lora_name, getattr(order, group))
+
+        trainer.train_dataset = self.train_dataset
+        trainer.follow(order.work)
+
+        losses = trainer.step_metrics["sft_loss"]
+        metrics = {"loss": sum(losses) / len(losses)}
+        if trainer.step_metrics["proximal_term"]:
+            metrics["proximal_term"] = trainer.step_metrics["proximal_term"][-1]
+        client_lora = get_lora_state(trainer.model, CLIENT)
+        return ClientUpdate(order.server_round, self.name, self.num_examples, metrics, client_lora).to_bytes()

@@ -1,0 +1,1 @@
+"""Zero-shot, AdapEmu and AdapFu on held-out text."""

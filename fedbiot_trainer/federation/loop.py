@@ -1,0 +1,301 @@
+"""The round loop. It knows neither where clients are, nor what is shown, nor where files go."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..evaluation.evaluator import Evaluator
+from ..server.server import FederatedServer
+from ..shared.records import RoundRecord
+from ..wire.messages import PayloadError
+from .interruption import Interruption, RunInterrupted
+from .participation import Participation
+from .pool import ClientPool, Reply
+from .state import FederationState
+
+
+MAX_VOID_ROUNDS = 3  # in a row, with too few answers; more of them and something is wrong with all clients
+
+
+class Observer:
+    """What follows a run: shows it, keeps it, sends it somewhere. All processes have the same observers."""
+
+    stops_run: bool = False  # whether the run is to end after this round
+
+    def on_phase(self, server_round: int, phase: str):
+        """Something begins. Round 0 is what comes before the first round."""
+
+    def on_progress(self, done: int, total: int):
+        """Part of a phase without optimizer steps is done."""
+
+    def on_initial_alignment(self, metrics: dict[str, float]):
+        """The alignment before the first round has ended, with its last metrics and `seconds`."""
+
+    def on_round_begin(self, server_round: int):
+        """A round begins, or goes on after a resume."""
+
+    def on_state(self, state: FederationState):
+        """There is a state that a run could go on from: after the initial alignment and after each client and round."""
+
+    def on_interruption(self, state: FederationState):
+        """The run is told to stop, and will go on from this state."""
+
+    def on_round_end(self, record: RoundRecord):
+        """A round has ended, and `on_state` was called."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """
+    How much a run does, and when.
+
+    Attributes:
+        num_rounds (`int`): Rounds.
+        initial_alignment_steps, alignment_steps (`int`): Steps before the first round, and at the start of each.
+        eval_rounds (`int`): Evaluate every this many rounds, and after the last. 0: only then.
+        eval_drift (`bool`): Whether evaluations measure the emulator's distance from the full model, too.
+        client_timeout (`float`, *optional*): Seconds that a client has for a round.
+        client_retries (`int`): How often a client that failed is asked again in the same round.
+    """
+
+    num_rounds: int
+    initial_alignment_steps: int
+    alignment_steps: int
+    eval_rounds: int = 1
+    eval_drift: bool = False
+    client_timeout: float | None = None
+    client_retries: int = 0
+
+    def evaluates_after(self, server_round: int) -> bool:
+        """Whether AdapEmu and AdapFu are evaluated after a round."""
+        due = self.eval_rounds > 0 and server_round % self.eval_rounds == 0
+        return due or server_round == self.num_rounds
+
+
+@dataclass
+class RoundLoop:
+    """
+    Runs FedBiOT: initial alignment, then in each round align, broadcast, local training, aggregate, evaluate.
+
+    Args:
+        server ([`FederatedServer`]): The model owner.
+        pool ([`ClientPool`]): Brings the clients' answers.
+        participation ([`Participation`]): Who is asked, and whether enough answered.
+        schedule ([`Schedule`]): How much to do.
+        interruption ([`Interruption`]): Asked between the parts of a round whether to stop.
+        observers (sequence of [`Observer`], *optional*): Told what happens, in this order.
+        evaluator ([`Evaluator`], *optional*): Measures AdapEmu and AdapFu.
+        settings (`dict`, *optional*): Kept in each state, to compare with when a run is resumed.
+    """
+
+    server: FederatedServer
+    pool: ClientPool
+    participation: Participation
+    schedule: Schedule
+    interruption: Interruption
+    observers: Sequence[Observer] = ()
+    evaluator: Evaluator | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    records: list[RoundRecord] = field(default_factory=list, init=False)
+    initial_alignment: dict[str, float] = field(default_factory=dict, init=False)
+    _open: RoundRecord | None = field(default=None, init=False)
+
+    @property
+    def server_round(self) -> int:
+        """Rounds that have ended."""
+        return self.records[-1].server_round if self.records else 0
+
+    def run(self, state: FederationState | None = None):
+        """
+        Run all rounds that are left.
+
+        Args:
+            state ([`FederationState`], *optional*): Where an earlier run was.
+
+        Raises:
+            RuntimeError: If too few clients answered in several rounds in a row.
+            RunInterrupted: If the run is told to stop.
+        """
+        self._tell("on_phase", 0, "starting")
+        if self.evaluator is not None:
+            self.evaluator.on_progress = self._progress
+        try:
+            if state is None:
+                self._start()
+            else:
+                self._restore(state)
+            while self.server_round < self.schedule.num_rounds and not any(o.stops_run for o in self.observers):
+                self._round()
+        except RunInterrupted:
+            if self.initial_alignment:
+                self._tell("on_interruption", self._state())
+            raise
+
+    def _start(self):
+        """What comes before the first round: the zero-shot evaluation and the initial alignment."""
+        if self.evaluator is not None:
+            self._tell("on_phase", 0, "evaluating the full model")
+            self.evaluator.zero_shot()
+        if self.server.trainer is not None:
+            self._tell("on_phase", 0, "hidden states of the public text")
+            self.server.trainer.prepare_teacher(self._progress)
+        self._tell("on_phase", 0, "initial alignment")
+        seconds: dict[str, float] = {}
+        with timed(seconds, "seconds"):
+            metrics = self.server.align(self.schedule.initial_alignment_steps)
+        self.initial_alignment = metrics | seconds
+        self._tell("on_initial_alignment", self.initial_alignment)
+        self._tell("on_state", self._state())
+
+    def _round(self):
+        server_round = self.server_round + 1
+        self._tell("on_round_begin", server_round)
+        record = self._open = self._open or self._open_round(server_round)
+        if record.counted is None:
+            self._ask(record)
+            self._close_round(record)
+        # An interruption here finds the round closed, and a resumed run begins with its evaluation.
+        self._evaluate(record)
+        self.records.append(record)
+        self._open = None
+        self._tell("on_state", self._state())
+        self._tell("on_round_end", record)
+        self._check_answers()
+        self.interruption.check()
+
+    def _open_round(self, server_round: int) -> RoundRecord:
+        """The server's part: its alignment, and an average without updates."""
+        record = RoundRecord(server_round)
+        with timed(record.seconds, "align"):
+            self._tell("on_phase", server_round, "alignment")
+            metrics = self.server.align(self.schedule.alignment_steps)
+        record.alignment_l2, record.alignment_kl = metrics.get("alignment_l2"), metrics.get("alignment_kl")
+        self.server.begin_round()
+        return record
+
+    def _ask(self, record: RoundRecord):
+        """Have the clients of a round train, those that answered before a resume excepted."""
+        drawn = self.participation.draw(self.pool.names(), record.server_round)
+        waiting = [name for name in drawn if name not in record.answered]
+        for attempt in range(1 + self.schedule.client_retries):
+            self._tell("on_phase", record.server_round, "local training" if attempt == 0 else "asking again")
+            with timed(record.seconds, "broadcast"):
+                starts = self.server.start_round(record.server_round, waiting)
+            last, again = attempt == self.schedule.client_retries, []
+            for reply in self._timed_replies(self.pool.fit(starts, self.schedule.client_timeout), record):
+                record.bytes_down += starts.size(reply.client)
+                if reply.error is not None and not last:
+                    again.append(reply.client)
+                    continue
+                self._take(reply, record)
+                self._tell("on_state", self._state())
+                self.interruption.check()
+            waiting = again
+            if not waiting:
+                break
+
+    def _timed_replies(self, replies: Iterator[Reply], record: RoundRecord) -> Iterator[Reply]:
+        while True:
+            with timed(record.seconds, "local_training"):
+                reply = next(replies, None)
+            if reply is None:
+                return
+            yield reply
+
+    def _take(self, reply: Reply, record: RoundRecord):
+        """Put a reply into the average, or note why not."""
+        name = reply.client
+        if reply.payload is None:
+            record.failed[name] = reply.error or "it did not answer"
+            return
+        with timed(record.seconds, "aggregate"):
+            record.bytes_up += len(reply.payload)
+            try:
+                metrics = self.server.receive(record.server_round, name, reply.payload)
+            except PayloadError as error:
+                record.refused[name] = str(error)
+                return
+        record.client_losses[name] = metrics["loss"]
+        record.proximal_terms[name] = metrics.get("proximal_term")
+
+    def _close_round(self, record: RoundRecord):
+        with timed(record.seconds, "aggregate"):
+            # Too few answers are no ground to move the LoRA: the round passes, and leaves it as it is.
+            record.counted = self.participation.enough(len(record.client_losses))
+            if record.counted:
+                aggregate = self.server.aggregate()
+                record.weights, record.aggregation = aggregate.weights, aggregate.metrics
+            else:
+                self.server.discard_round()
+
+    def _evaluate(self, record: RoundRecord):
+        if self.evaluator is None:
+            return
+        record.zero_shot_loss = self.evaluator.zero_shot()["loss"]
+        if not self.schedule.evaluates_after(record.server_round):
+            return
+        self._tell("on_phase", record.server_round, "evaluating")
+        with timed(record.seconds, "evaluate"):
+            self.server.install_loras()
+            for who, scores in self.evaluator.adapted().items():
+                setattr(record, f"{who}_loss", scores["loss"])
+                setattr(record, f"{who}_token_accuracy", scores["token_accuracy"])
+            if self.schedule.eval_drift:
+                drift = self.evaluator.drift()
+                record.drift_l2, record.drift_kl = drift["drift_l2"], drift["drift_kl"]
+
+    def _check_answers(self):
+        last = self.records[-MAX_VOID_ROUNDS:]
+        if len(last) == MAX_VOID_ROUNDS and not any(record.counted for record in last):
+            reasons = {**last[-1].failed, **last[-1].refused}
+            raise RuntimeError(
+                f"In {MAX_VOID_ROUNDS} rounds in a row, fewer than {self.participation.least} clients "
+                f"(`min_train_clients`) sent a valid update, so there was nothing to average. In the last one: {reasons}. "
+                "The state is kept: mend it and resume."
+            )
+
+    def _state(self) -> FederationState:
+        server = self.server
+        return FederationState(
+            server_round=self.server_round,
+            client_lora=server.client_lora,
+            emulator_lora=server.emulator_lora,
+            aggregator=server.aggregator.state_dict(),
+            alignment_steps=server.alignment_steps,
+            client_steps=server.client_steps,
+            settings=self.settings,
+            initial_alignment=self.initial_alignment,
+            zero_shot=self.evaluator.zero_shot() if self.evaluator is not None else None,
+            records=self.records,
+            open_round=self._open,
+        )
+
+    def _restore(self, state: FederationState):
+        server = self.server
+        server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
+        server.alignment_steps, server.client_steps = state.alignment_steps, dict(state.client_steps)
+        self.records, self.initial_alignment = list(state.records), state.initial_alignment
+        self._open = state.open_round
+        if self._open is not None:
+            server.begin_round()
+        server.aggregator.load_state_dict(state.aggregator)
+        if self.evaluator is not None:
+            self.evaluator.remember_zero_shot(state.zero_shot)
+
+    def _progress(self, done: int, total: int):
+        self._tell("on_progress", done, total)
+        self.interruption.check()
+
+    def _tell(self, event: str, *values):
+        for observer in self.observers:
+            getattr(observer, event)(*values)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[phase]`."""
+    started = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started

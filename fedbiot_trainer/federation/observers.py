@@ -1,0 +1,92 @@
+"""What follows a run: its state and files on disk, its progress on the screen, its scalars to trackers."""
+
+from pathlib import Path
+
+from ..output.progress import RunProgress
+from ..output.run_folder import RunFolder
+from ..output.trackers import Trackers
+from ..server.server import FederatedServer
+from ..shared.processes import is_main_process
+from ..shared.records import RoundRecord
+from .loop import Observer
+from .state import FederationState
+
+
+class KeepState(Observer):
+    """
+    Puts the state of the federation on disk, before anything else is told of a round.
+
+    Args:
+        folder (`Path`): Folder for states alone.
+        keep (`int`): How many of the newest to keep.
+        after_clients (`bool`): Whether to write one after each client, not only after each round.
+    """
+
+    def __init__(self, folder: Path, keep: int, after_clients: bool):
+        self.folder, self.keep, self.after_clients = folder, keep, after_clients
+
+    def on_state(self, state: FederationState):
+        if is_main_process() and (state.open_round is None or self.after_clients):
+            state.save(self.folder, self.keep)
+
+    def on_interruption(self, state: FederationState):
+        if is_main_process():
+            state.save(self.folder, self.keep)
+
+
+class WriteFiles(Observer):
+    """Writes `rounds.jsonl` and both LoRAs after each round."""
+
+    def __init__(self, folder: RunFolder, server: FederatedServer):
+        self.folder, self.server = folder, server
+
+    def on_round_end(self, record: RoundRecord):
+        self.save_loras()
+        self.folder.add_record(record)
+
+    def save_loras(self):
+        """Write the client LoRA for the full model, and both LoRAs into the emulator package."""
+        if is_main_process():
+            self.server.package().save_loras(self.folder.package)
+            self.server.save_client_lora(self.folder.client_lora, self.folder.model_name)
+
+
+class CallCallbacks(Observer):
+    """Tells trackers and a user's callbacks, for whom a round is a step."""
+
+    def __init__(self, trackers: Trackers):
+        self.trackers = trackers
+
+    @property
+    def stops_run(self) -> bool:
+        return self.trackers.stops_run
+
+    def on_round_begin(self, server_round: int):
+        self.trackers.tell("on_step_begin")
+
+    def on_round_end(self, record: RoundRecord):
+        self.trackers.at_round(record.server_round)
+        self.trackers.tell("on_save")
+        self.trackers.report(record)
+        self.trackers.tell("on_step_end")
+
+
+class ShowProgress(Observer):
+    """Shows where the run is, and a line for each round."""
+
+    def __init__(self, progress: RunProgress):
+        self.progress = progress
+
+    def on_phase(self, server_round: int, phase: str):
+        self.progress.phase(server_round, phase)
+
+    def on_progress(self, done: int, total: int):
+        self.progress.part(done, total)
+
+    def on_initial_alignment(self, metrics: dict[str, float]):
+        values = [f"{name} {value:.4f}" for name, value in metrics.items() if name != "seconds"]
+        if values:
+            self.progress.line(f"initial alignment | {'  '.join(values)} | {metrics['seconds']:.1f} s")
+
+    def on_round_end(self, record: RoundRecord):
+        self.progress.round_line(record)

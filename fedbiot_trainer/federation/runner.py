@@ -1,0 +1,355 @@
+"""A whole federated run in one object, as a trainer is a whole training."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..client.client import FederatedClient
+from ..client.trainer import ClientSFTTrainer
+from ..config import FedBiOTConfig
+from ..data.lengths import mean_length
+from ..data.partition import name_client_datasets
+from ..evaluation.evaluator import Evaluator
+from ..evaluation.text_metric import LOSS_METRICS, TextMetric
+from ..output.hub import push_folder
+from ..output.progress import RunProgress, no_progress_bars, reported
+from ..output.run_folder import RunFolder, library_versions
+from ..output.tables import result_lines, result_table, split_table
+from ..output.trackers import Trackers
+from ..server.hidden_states import texts_digest
+from ..server.server import FederatedServer
+from ..shared.records import RoundRecord, RunSummary
+from ..shared.round_trainer import frozen_garbage
+from ..wire.package import load_model
+from .interruption import Interruption
+from .loop import RoundLoop, Schedule
+from .observers import CallCallbacks, KeepState, ShowProgress, WriteFiles
+from .participation import Participation
+from .pool import LocalClients
+from .resume import check_settings, find_state, run_settings
+from .state import FederationState
+
+
+logger = logging.get_logger(__name__)
+
+
+class FederatedRunner:
+    """
+    Runs FedBiOT: one [`FederatedServer`] and simulated [`FederatedClient`]s that exchange payloads.
+
+    Args:
+        model (`str` or `PreTrainedModel`):
+            The full model, loaded or by name. Its tensors are shared, not copied: they stay as they are, frozen.
+        args ([`FedBiOTConfig`]):
+            Configuration.
+        client_datasets (`dict[str, Dataset]` or sequence of `(name, Dataset)`, *optional*):
+            Private text of each client, in any form that [`~trl.SFTTrainer`] takes.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Instead of `client_datasets`: text to split among `args.num_clients` clients as `args.partition` says.
+        public_dataset ([`~datasets.Dataset`], *optional*):
+            Public text for the alignment. Required unless alignment is off.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Held-out private text. Without it, nothing is evaluated.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer. Loaded with the model if that is given by name.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The client LoRA. Defaults to rank 8 on PEFT's target modules for the architecture.
+        emulator_peft_config ([`~peft.LoraConfig`], *optional*):
+            The emulator LoRA. Defaults to `peft_config`, with rank `args.emulator_lora_r` if that is set.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Called like a trainer's, with a round in the place of a step: `state.global_step` is the round.
+
+    Attributes:
+        server ([`FederatedServer`]): The model owner.
+        clients (`dict[str, FederatedClient]`): The data owners, by name.
+        pool ([`LocalClients`]): They, as the round loop sees them.
+        summary ([`RunSummary`], *optional*): The content of `summary.json`, once [`train`] has ended.
+
+    Raises:
+        ValueError: Before any training, if the configuration, a dataset or `output_dir` cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: FedBiOTConfig,
+        client_datasets: Mapping[str, Dataset] | Sequence[tuple[str, Dataset]] | None = None,
+        train_dataset: Dataset | None = None,
+        public_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        emulator_peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        for name in args.without_effect():
+            logger.warning(
+                f"`{name}` is {getattr(args, name)}, which has no effect: a run counts `num_rounds` rounds of "
+                "`local_steps` steps, evaluates every `eval_rounds` rounds and saves after each."
+            )
+        self.args = args
+        self.folder = RunFolder(args, model if isinstance(model, str) else model.config._name_or_path)
+        if not args.resume_from_checkpoint:
+            self.folder.check_free()
+        client_datasets = name_client_datasets(client_datasets, train_dataset, args)
+        if args.min_train_clients > len(client_datasets):
+            raise ValueError(
+                f"`min_train_clients` is {args.min_train_clients}, but there are {len(client_datasets)} clients. Lower it."
+            )
+        if args.eval_drift and eval_dataset is None:
+            raise ValueError("`eval_drift` is True, but `eval_dataset` is None. Pass held-out text, or leave it out.")
+        text_metric = TextMetric(args, eval_dataset) if args.eval_metric is not None else None
+
+        set_seed(args.seed)
+        with no_progress_bars():
+            if isinstance(model, str):
+                init_kwargs, remote = args.init_kwargs(), ("revision", "token", "trust_remote_code")
+                remote = {name: init_kwargs[name] for name in remote if init_kwargs.get(name) is not None}
+                processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
+                model = load_model(model, **init_kwargs)
+            if processing_class is None:
+                raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
+            inner_args = args.quiet()
+            self.server = FederatedServer(
+                model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
+            )
+            self.trainer = ClientSFTTrainer(
+                self.server.models.adap_emu,
+                inner_args,
+                next(iter(client_datasets.values())).select([0]),  # clients bring their own
+                share_accelerator=self.server.trainer,
+                processing_class=processing_class,
+            )
+            self.clients = {
+                name: FederatedClient(name, self.trainer, dataset) for name, dataset in client_datasets.items()
+            }
+            self.evaluator = None
+            if eval_dataset is not None:
+                self.evaluator = Evaluator(self.server.models, self.trainer, eval_dataset, text_metric)
+        for trainer in self._trainers:
+            trainer.remove_callback(PrinterCallback)
+
+        self.console = Console()
+        self.interruption = Interruption()
+        self.pool = LocalClients(list(self.clients.values()), self.interruption)
+        self.trackers = Trackers(args, args.num_rounds, callbacks or [], model, processing_class)
+        self.records: list[RoundRecord] = []
+        self.summary: RunSummary | None = None
+
+    @property
+    def _trainers(self):
+        return [trainer for trainer in (self.trainer, self.server.trainer) if trainer is not None]
+
+    @property
+    def state(self):
+        """The trainer state that callbacks see (`global_step` is the round)."""
+        return self.trackers.state
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> RunSummary:
+        """
+        Run all rounds, evaluate and save.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` goes on from the newest state in `output_dir` (or begins, if the run was stopped before its first
+                round). A path: from a state of another run's folder.
+
+        Returns:
+            [`RunSummary`]: The content of `summary.json`.
+
+        Raises:
+            ValueError: If this runner has trained already, or the state belongs to another run.
+            RuntimeError: If too few clients answered in several rounds in a row.
+            RunInterrupted: If the process was told to stop (SIGTERM, Ctrl-C). The state is on disk.
+        """
+        if self.trackers.state.global_step > 0:
+            raise ValueError(
+                f"This runner has trained {self.trackers.state.global_step} rounds. Make another one to go on with "
+                "`resume_from_checkpoint=True`, or for another `output_dir`."
+            )
+        args, started = self.args, time.perf_counter()
+        state = self._claim(resume_from_checkpoint or args.resume_from_checkpoint)
+        try:
+            with self.interruption.listening(), frozen_garbage():
+                return self._train(state, started)
+        finally:
+            self.folder.release()
+
+    def _claim(self, checkpoint: str | bool | None) -> FederationState | None:
+        """Take the folder, and find in it what to go on from."""
+        state = None
+        self.trainer.accelerator.wait_for_everyone()  # all have seen whether the folder is free
+        if not checkpoint:
+            self.folder.check_free()  # what came there since
+            self.trainer.accelerator.wait_for_everyone()
+        self.folder.claim()
+        if checkpoint:
+            state = find_state(self.folder, checkpoint)
+        else:
+            self.folder.clear()
+        self.settings = run_settings(
+            self.args,
+            split=asdict(self.server.models.split),
+            client_lora=self.server.models.adap_fu.peft_config["client"].to_dict(),
+            public_text=texts_digest(self.server.trainer.train_dataset) if self.server.trainer is not None else None,
+        )
+        if state is not None:
+            check_settings(state.settings, self.settings, self.args, state.server_round)
+            self.folder.set_records(state.records)
+        return state
+
+    def _train(self, state: FederationState | None, started: float) -> RunSummary:
+        args, server = self.args, self.server
+        parameters = server.models.count_parameters()
+        participation = Participation(args, args.seed)
+        num_asked = args.num_sampled(len(self.clients))
+        if state is not None:
+            server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
+            self.trackers.at_round(state.server_round)
+        with no_progress_bars():
+            bytes_once = server.package().save(self.folder.package, server.processing_class)
+        if args.process_index == 0:
+            split, per_round = server.models.split.record(), server.payload_sizes()
+            self.console.print(split_table(split, parameters, bytes_once, per_round, num_asked))
+
+        per_round_steps = num_asked * args.local_steps
+        total_steps = args.num_rounds * per_round_steps
+        if server.trainer is not None:
+            total_steps += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
+        progress = RunProgress(total_steps, args.num_rounds, self.console, args.process_index == 0)
+        self.pool.on_client = progress.client
+        files = WriteFiles(self.folder, server)
+        keep = max(2, args.save_total_limit or 2)  # one to fall back on
+        loop = RoundLoop(
+            server,
+            self.pool,
+            participation,
+            Schedule(**{f.name: getattr(args, f.name) for f in fields(Schedule)}),
+            self.interruption,
+            observers=[
+                KeepState(self.folder.state, keep, args.save_after_clients),
+                files,
+                ShowProgress(progress),
+                CallCallbacks(self.trackers),
+            ],
+            evaluator=self.evaluator,
+            settings=self.settings,
+        )
+        for trainer in self._trainers:
+            trainer.add_callback(self.interruption)
+        with (
+            progress,
+            reported(progress, self.trainer, "sft_loss"),
+            reported(progress, server.trainer, "alignment_l2"),
+        ):
+            if state is not None:
+                progress.skip(state.alignment_steps + state.server_round * per_round_steps)
+                progress.line(f"going on after round {state.server_round}")
+            self.trackers.tell("on_train_begin")
+            try:
+                loop.run(state)
+            finally:
+                for trainer in self._trainers:
+                    trainer.remove_callback(self.interruption)
+                files.save_loras()
+                self.folder.save(loop.records, None)
+            progress.phase(loop.server_round, "evaluating")
+            results = self.evaluate()
+            shown = LOSS_METRICS if loop.server_round > 0 else set()  # with the last round
+            scores = {who: values.keys() - shown for who, values in results.items()}
+            self.trackers.log({f"{who}_{name}": results[who][name] for who, names in scores.items() for name in names})
+
+        self.records = loop.records
+        self.summary = self._summarize(loop, results, parameters, bytes_once, time.perf_counter() - started)
+        self.save_model()
+        self.trackers.tell("on_train_end")
+        if args.process_index == 0:
+            if results:
+                self.console.print("", result_table(self.summary))
+            self.console.print(
+                *result_lines(self.summary, self.folder.path), sep="\n", highlight=False, soft_wrap=True
+            )
+        return self.summary
+
+    def _summarize(self, loop: RoundLoop, results, parameters, bytes_once: int, seconds: float) -> RunSummary:
+        args, public = self.args, [self.server.trainer.train_dataset] if self.server.trainer is not None else []
+        phases = sorted({phase for record in loop.records for phase in record.seconds})
+        return RunSummary(
+            **results,
+            split=self.server.models.split.record(),
+            rounds=len(loop.records),
+            processes={"number": args.world_size, "type": self.trainer.accelerator.distributed_type.value},
+            bytes={
+                "once_per_client": bytes_once,
+                "down": sum(record.bytes_down for record in loop.records),
+                "up": sum(record.bytes_up for record in loop.records),
+            },
+            seconds={
+                "total": seconds,
+                **{phase: sum(record.seconds.get(phase, 0) for record in loop.records) for phase in phases},
+            },
+            parameters=parameters,
+            num_examples={name: client.num_examples for name, client in self.clients.items()},
+            num_public_examples=len(public[0]) if public else 0,
+            tokens_per_example={
+                "clients": mean_length(client.train_dataset for client in self.clients.values()),
+                "public": mean_length(public) if public else None,
+            },
+            initial_alignment=loop.initial_alignment,
+            settings=json.loads(json.dumps(args.to_dict(), default=str)),
+            peft_config=json.loads(
+                json.dumps(self.server.models.adap_fu.peft_config["client"].to_dict(), default=list)
+            ),
+            versions=library_versions(),
+        )
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """
+        Evaluate the full model without any LoRA, AdapEmu and AdapFu on `eval_dataset`.
+
+        Returns:
+            `dict`: `zero_shot`, `adap_emu` and `adap_fu`, each with `loss`, `token_accuracy` and, with
+            `args.eval_metric`, what that metric returns. Empty without an `eval_dataset`.
+        """
+        if self.evaluator is None:
+            return {}
+        self.server.install_loras()
+        generate = self.args.eval_metric is not None
+        return {"zero_shot": self.evaluator.zero_shot(generate), **self.evaluator.adapted(generate)}
+
+    def save_model(self):
+        """Write `client_lora/` with its model card, the LoRAs of `emulator_package/`, and the run's figures."""
+        WriteFiles(self.folder, self.server).save_loras()
+        self.folder.save(self.records, self.summary)
+
+    def push_to_hub(self, repo_id: str | None = None, private: bool | None = None, token: str | None = None) -> str:
+        """
+        Upload `client_lora/` to the Hub. The emulator package stays here: it is for the clients.
+
+        Args:
+            repo_id (`str`, *optional*): Defaults to `args.hub_model_id`.
+            private (`bool`, *optional*): Defaults to `args.hub_private_repo`.
+            token (`str`, *optional*): Defaults to `args.hub_token`, then to the stored one.
+
+        Returns:
+            `str`: Address of the commit.
+
+        Raises:
+            ValueError: If no repository is named.
+        """
+        self.save_model()
+        return push_folder(self.folder.client_lora, self.args, repo_id, private, token)

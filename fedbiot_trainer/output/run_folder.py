@@ -1,0 +1,124 @@
+"""What a run leaves in `output_dir`."""
+
+import fcntl
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+
+from ..config import FedBiOTConfig
+from ..shared.processes import is_main_process
+from ..shared.records import RoundRecord, RunSummary
+from .figures import plot_rounds
+from .model_card import write_model_card
+
+
+RUN_FILES = ("rounds.jsonl", "summary.json", "rounds.png", "emulator_package", "client_lora", "state")
+LOCK = ".lock"
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+class RunFolder:
+    """
+    The folder of one run: `emulator_package/`, `client_lora/`, `state/`, `rounds.jsonl`, `summary.json` and
+    `rounds.png`. Every process has one; the main one writes.
+
+    Args:
+        args ([`FedBiOTConfig`]): Configuration.
+        model_name (`str`, *optional*): The full model, by name or path, for the PEFT folder and its model card.
+
+    Attributes:
+        path, package, client_lora, state, rounds (`Path`): The folder, and what is in it.
+    """
+
+    def __init__(self, args: FedBiOTConfig, model_name: str | None):
+        self.args, self.model_name = args, model_name
+        self.path = Path(args.output_dir)
+        self.package, self.client_lora = self.path / "emulator_package", self.path / "client_lora"
+        self.state, self.rounds = self.path / "state", self.path / "rounds.jsonl"
+        self._lock: int | None = None
+
+    def check_free(self):
+        """
+        Check that a new run can be made here.
+
+        Raises:
+            ValueError: If the folder holds another run and `args.overwrite_output_dir` is off.
+        """
+        left = self._left_by_another_run()
+        if left and not self.args.overwrite_output_dir:
+            raise ValueError(
+                f"`output_dir` is '{self.path}', which holds another run ({', '.join(left)}). Go on with it by "
+                "`resume_from_checkpoint=True`, choose another folder, or set `overwrite_output_dir=True` to delete what "
+                "that run left."
+            )
+
+    def _left_by_another_run(self) -> list[str]:
+        return [name for name in RUN_FILES if (self.path / name).exists()]
+
+    def claim(self):
+        """
+        Make the folder this run's own until its process ends.
+
+        Raises:
+            ValueError: If another run is going on in it.
+        """
+        if not is_main_process() or self._lock is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ValueError(
+                f"`output_dir` is '{self.path}', in which another run is going on. Choose another folder, or wait for it."
+            ) from None
+        self._lock = lock
+
+    def release(self):
+        """Let other runs use the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def clear(self):
+        """Delete what an earlier run left."""
+        if is_main_process():
+            for name in self._left_by_another_run():
+                path = self.path / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def add_record(self, record: RoundRecord):
+        """Put a round's record on disk."""
+        if is_main_process():
+            with self.rounds.open("a") as file:
+                file.write(record.to_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def records_before(self, server_round: int) -> list[RoundRecord]:
+        """The records of the rounds before `server_round` on disk."""
+        return [record for record in RoundRecord.read_all(self.rounds) if record.server_round < server_round]
+
+    def set_records(self, records: list[RoundRecord]):
+        """Let `rounds.jsonl` have just these records."""
+        if is_main_process():
+            part = self.rounds.with_suffix(".part")
+            part.write_text("".join(record.to_json() + "\n" for record in records))
+            part.rename(self.rounds)
+
+    def save(self, records: list[RoundRecord], summary: RunSummary | None):
+        """Write the model card, the figures and, if the run has ended, its summary."""
+        if not is_main_process():
+            return
+        write_model_card(self.client_lora, self.model_name, self.args, summary)
+        if summary is not None:
+            summary.write(self.path / "summary.json")
+        if records:
+            plot_rounds(records, self.path / "rounds.png")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -1,0 +1,150 @@
+"""Build a model without some of its decoder layers, around the same tensors."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..shared.processes import whole_shape
+from ..shared.quantized import is_linear, keep_weight_layout
+from .split import LayerSplit
+
+
+# Names under which decoder layers and their attention modules keep their own position.
+_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
+# Everything a module keeps of hooks that run with it; hooks for state dicts stay.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and ("forward" in name or "backward" in name))
+
+
+def drop_layers(model: PreTrainedModel, split: LayerSplit) -> PreTrainedModel:
+    """
+    Build emulator + adapter layers (or, with a split that drops nothing, a twin of the full model).
+
+    The result is a model of the same class with fewer layers. Its parameters are the full model's own `Parameter`
+    objects (equal `data_ptr()`), its modules are new. `model` is not changed.
+
+    Raises:
+        ValueError: If the architecture ties layers to each other or to their position in a way that dropping layers
+            breaks, or if the model was already patched or wrapped.
+    """
+    _refuse_entangled_layers(model)
+    keep_weight_layout(model)
+    config = _shrink_config(model.config, split)
+    emulator = _twin(model, split, {id(model.config): config, **_subconfigs(model.config, config)})
+    emulator.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    layers = emulator.get_submodule(split.layers_name)
+    for position, layer in enumerate(layers):
+        for module in layer.modules():
+            for attribute in _INDEX_ATTRIBUTES:
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, position)
+    _check_rebuild(emulator, split)
+    return emulator
+
+
+def _refuse_entangled_layers(model):
+    config = model.config.get_text_config()
+    for attribute in ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx"):
+        if getattr(config, attribute, None):
+            raise ValueError(
+                f"`model` is {type(model).__name__} with `config.{attribute}={getattr(config, attribute)}`, so a layer "
+                "depends on its position or on other layers, and dropping layers would change what the others compute."
+            )
+    for path, module in model.named_modules():
+        if "forward" in vars(module):
+            raise ValueError(
+                f"`model` is {type(model).__name__} whose `{path or 'forward'}` was patched by another library (a "
+                "trainer was built on it, or it is spread over devices). Pass a freshly loaded model."
+            )
+
+
+def _shrink_config(config: PretrainedConfig, split: LayerSplit) -> PretrainedConfig:
+    """Copy `config` with fewer layers; every per-layer list in it (`layer_types`, ...) keeps the same layers."""
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    for name, value in list(vars(text_config).items()):
+        per_layer = isinstance(value, (list, tuple)) and len(value) == split.num_layers
+        if per_layer and not name.endswith("token_id") and name != "architectures":
+            setattr(text_config, name, type(value)(value[i] for i in split.full_indices))
+    text_config.num_hidden_layers = len(split.full_indices)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        skipped = getattr(getattr(config, "quantization_config", None), name, None)
+        if skipped is not None:
+            setattr(config.quantization_config, name, split.rename_kept(skipped))
+    return config
+
+
+def _subconfigs(old: PretrainedConfig, new: PretrainedConfig) -> dict[int, PretrainedConfig]:
+    return {id(value): getattr(new, name) for name, value in vars(old).items() if isinstance(value, PretrainedConfig)}
+
+
+def _twin(root: nn.Module, split: LayerSplit, configs: dict[int, PretrainedConfig]) -> nn.Module:
+    """New module objects around the same tensors, without the dropped layers and without hooks."""
+    twins: dict[int, nn.Module] = {}
+
+    def twin(module: nn.Module, path: str) -> nn.Module:
+        if id(module) in twins:
+            return twins[id(module)]
+        new = copy.copy(module)
+        twins[id(module)] = new
+        for name in ("_parameters", "_buffers"):
+            setattr(new, name, vars(module)[name].copy())
+        new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        for name in _HOOKS:
+            setattr(new, name, OrderedDict())
+        # transformers puts hooks on a model that was once asked for hidden states, and this mark; the twin gets its own.
+        vars(new).pop("_output_capturing_hooks_installed", None)
+        if id(vars(module).get("config")) in configs:
+            new.config = configs[id(module.config)]
+        children = list(module._modules.items())
+        if path == split.layers_name:
+            children = [(str(i), module[full]) for i, full in enumerate(split.full_indices)]
+        new._modules = {
+            name: child if child is None else twin(child, f"{path}.{name}" if path else name)
+            for name, child in children
+        }
+        return new
+
+    return twin(root, "")
+
+
+def _check_rebuild(emulator: PreTrainedModel, split: LayerSplit):
+    """Raise if a model built anew from the emulator's config would differ: the package could not be loaded."""
+    config = type(emulator.config).from_dict(emulator.config.to_dict())
+    config._attn_implementation = emulator.config._attn_implementation
+    try:
+        with torch.device("meta"):
+            rebuilt = type(emulator)(config)
+    except Exception as error:
+        raise ValueError(
+            f"`model` is {type(emulator).__name__}, whose config cannot describe the layers {split.full_indices}: "
+            f"{error}. This architecture is not supported."
+        ) from error
+    quantized = getattr(emulator, "hf_quantizer", None) is not None
+    ours, theirs = (dict(_layer_attributes(model, split, quantized)) for model in (emulator, rebuilt))
+    different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if different:
+        key = min(different)
+        raise ValueError(
+            f"`model` is {type(emulator).__name__}, in which `{key}` depends on the layer's position in a way that "
+            f"`config` cannot describe ({ours.get(key)} in the full model, {theirs.get(key)} after loading), so "
+            "dropping layers would change it. This architecture is not supported."
+        )
+
+
+def _layer_attributes(model: PreTrainedModel, split: LayerSplit, quantized: bool) -> Iterator[tuple[str, Any]]:
+    layers = model.get_submodule(split.layers_name)
+    for path, module in layers.named_modules():
+        if quantized and is_linear(module):
+            continue  # quantization has put another layer in its place
+        yield path, type(module).__name__
+        for name, value in vars(module).items():
+            state = name.startswith("_") or name in ("training", "gradient_checkpointing")
+            if isinstance(value, (bool, int, float, str)) and not state:
+                yield f"{path}.{name}", value
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{name}", whole_shape(parameter)

@@ -1,0 +1,103 @@
+"""The client LoRA and the emulator LoRA of a model: put on, read, written, saved."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from .lora_layers import fuse_loras
+from .processes import gathered, release_whole
+
+
+CLIENT = "client"
+EMULATOR = "emulator"
+LoraState = dict[str, torch.Tensor]
+
+
+def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_config: LoraConfig | None) -> PeftModel:
+    """Both LoRAs on one model, both active, neither trainable. Where all layers are adapter layers there is only one."""
+    model = get_peft_model(emulator, client_config, adapter_name=CLIENT)
+    if emulator_config is not None:
+        model.add_adapter(EMULATOR, emulator_config)
+        model.base_model.set_adapter([CLIENT, EMULATOR])
+    model.requires_grad_(False)
+    return fuse_loras(model)
+
+
+def set_trainable_lora(model: PeftModel, lora_name: str):
+    """Let only the LoRA `lora_name` have gradients."""
+    release_whole(model)
+    model.requires_grad_(False)
+    for _, parameter in _lora_parameters(model, lora_name):
+        parameter.requires_grad_(True)
+
+
+def _lora_parameters(model: PeftModel, lora_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    infix = f".{lora_name}."
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and infix in name:
+            yield name.replace(infix, "."), parameter
+
+
+def get_lora_state(model: PeftModel, lora_name: str) -> LoraState:
+    """Copies of the LoRA's tensors on the CPU, under the keys of a saved PEFT folder."""
+    release_whole(model)
+    parameters = dict(_lora_parameters(model, lora_name))
+    with gathered(parameters.values()) as tensors:
+        return {key: whole.detach().to("cpu", copy=True) for key, whole in zip(parameters, tensors, strict=True)}
+
+
+def set_lora_state(model: PeftModel, lora_name: str, state: LoraState):
+    """
+    Write a state from [`get_lora_state`] into the model.
+
+    Raises:
+        ValueError: If a key is missing or unknown.
+    """
+    release_whole(model)
+    parameters = dict(_lora_parameters(model, lora_name))
+    if parameters.keys() != state.keys():
+        odd = sorted(parameters.keys() ^ state.keys())
+        raise ValueError(
+            f"The {lora_name} LoRA's tensors do not match the model's: {len(odd)} differ, first `{odd[0]}`."
+        )
+    with torch.no_grad(), gathered(parameters.values(), write=True) as tensors:
+        for key, whole in zip(parameters, tensors, strict=True):
+            whole.copy_(state[key])
+
+
+def lora_factors(model: PeftModel, lora_name: str) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[float]]:
+    """All `(A, B)` of a LoRA, `(r, in_features)` and `(out_features, r)`, and their scalings."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and lora_name in m.lora_A]
+    factors = [(layer.lora_A[lora_name].weight, layer.lora_B[lora_name].weight) for layer in layers]
+    return factors, [layer.scaling[lora_name] for layer in layers]
+
+
+def save_lora(folder: str | Path, config: LoraConfig, state: LoraState, base_model: str | None):
+    """Write a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = base_model
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "adapter_model.safetensors")
+
+
+def load_lora(folder: str | Path) -> tuple[LoraConfig, LoraState]:
+    """
+    Read a PEFT folder.
+
+    Raises:
+        FileNotFoundError: If it is not one.
+    """
+    folder = Path(folder)
+    json.loads((folder / "adapter_config.json").read_text())
+    return LoraConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")

@@ -1,0 +1,155 @@
+"""What a run reports: a record for each round (`rounds.jsonl`) and a summary at its end (`summary.json`)."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+Scores = dict[str, float]
+
+
+@dataclass
+class ParameterCounts:
+    """
+    Parameters of the parts of a split model, as numbers of scalars.
+
+    Attributes:
+        full (`int`): The full model.
+        adap_emu (`int`): Emulator + adapter layers, without any LoRA: what a client sees.
+        adapter_layers (`int`): The adapter layers alone.
+        trainable_client, trainable_server (`int`): Client LoRA and emulator LoRA.
+    """
+
+    full: int
+    adap_emu: int
+    adapter_layers: int
+    trainable_client: int
+    trainable_server: int
+
+    @property
+    def client_share(self) -> float:
+        """Part of the full model's parameters that a client sees."""
+        return self.adap_emu / self.full
+
+
+@dataclass
+class SplitRecord:
+    """Indices of the full model's decoder layers: how many, which the emulator keeps, drops, and which are trained."""
+
+    num_layers: int
+    kept: list[int]
+    dropped: list[int]
+    adapter_layers: list[int]
+
+
+@dataclass
+class RoundRecord:
+    """
+    One round. Losses are means in nats per token; what was not measured is `None`.
+
+    Attributes:
+        server_round (`int`): The round, counted from 1.
+        zero_shot_loss, adap_emu_loss, adap_fu_loss (`float`, *optional*): On the held-out text.
+        adap_emu_token_accuracy, adap_fu_token_accuracy (`float`, *optional*): On the same text.
+        drift_l2, drift_kl (`float`, *optional*): Distance of the emulator from the full model on that text.
+        alignment_l2, alignment_kl (`float`, *optional*): Means of the last ten alignment steps of this round.
+        client_losses (`dict[str, float]`): Mean training loss of each client whose update was used.
+        proximal_terms (`dict[str, float]`): Their last proximal terms, without its weight.
+        weights (`dict[str, float]`): Their shares of the average.
+        refused (`dict[str, str]`): Clients whose answer was not used, and why.
+        failed (`dict[str, str]`): Clients that did not answer, and why.
+        counted (`bool`, *optional*):
+            Whether enough clients answered. If not, the client LoRA stayed as it was. `None` until that is known.
+        aggregation (`dict[str, float]`): What the aggregation rule reports.
+        bytes_down, bytes_up (`int`): Payloads to and from all clients.
+        seconds (`dict[str, float]`): Wall time by phase.
+    """
+
+    server_round: int
+    zero_shot_loss: float | None = None
+    adap_emu_loss: float | None = None
+    adap_fu_loss: float | None = None
+    adap_emu_token_accuracy: float | None = None
+    adap_fu_token_accuracy: float | None = None
+    drift_l2: float | None = None
+    drift_kl: float | None = None
+    alignment_l2: float | None = None
+    alignment_kl: float | None = None
+    client_losses: dict[str, float] = field(default_factory=dict)
+    proximal_terms: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    counted: bool | None = None
+    aggregation: dict[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> set[str]:
+        """Clients that are done with this round, well or not."""
+        return {*self.client_losses, *self.refused, *self.failed}
+
+    def to_json(self) -> str:
+        """One line of `rounds.jsonl`, without the line break."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read_all(cls, file: Path) -> list["RoundRecord"]:
+        """The records of a `rounds.jsonl`; none if there is no such file."""
+        return [cls(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+@dataclass
+class RunSummary:
+    """
+    A whole run.
+
+    Attributes:
+        zero_shot, adap_emu, adap_fu (`dict[str, float]`, *optional*):
+            Final scores on the held-out text by metric; `None` without such text.
+        split ([`SplitRecord`]): Which layers are where.
+        rounds (`int`): Rounds that were run.
+        processes (`dict`): Their `number` and `type`.
+        bytes (`dict[str, float]`): `once_per_client`, `down` and `up`, in all rounds.
+        seconds (`dict[str, float]`): `total` and by phase.
+        parameters ([`ParameterCounts`]): Sizes of the parts.
+        num_examples (`dict[str, int]`): Training examples of each client.
+        num_public_examples (`int`): Texts for the alignment.
+        tokens_per_example (`dict[str, float | None]`): Mean lengths of the `clients`' and the `public` text.
+        initial_alignment (`dict[str, float]`): Last metrics and seconds of the alignment before the first round.
+        settings, peft_config, versions (`dict`): What the run was made with.
+        clients (`dict`, *optional*): Scores of each client's own run, where clients train alone.
+    """
+
+    split: SplitRecord
+    rounds: int
+    processes: dict[str, Any]
+    bytes: dict[str, float]
+    seconds: dict[str, float]
+    parameters: ParameterCounts
+    num_examples: dict[str, int]
+    num_public_examples: int
+    tokens_per_example: dict[str, float | None]
+    initial_alignment: dict[str, float]
+    settings: dict[str, Any]
+    peft_config: dict[str, Any]
+    versions: dict[str, str]
+    zero_shot: Scores | None = None
+    adap_emu: Scores | None = None
+    adap_fu: Scores | None = None
+    clients: dict[str, dict[str, Scores]] | None = None
+
+    def write(self, file: Path):
+        """Write it as JSON."""
+        file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, file: Path) -> "RunSummary":
+        """Read what [`write`] wrote."""
+        content = json.loads(file.read_text())
+        content["split"] = SplitRecord(**content["split"])
+        content["parameters"] = ParameterCounts(**content["parameters"])
+        return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})

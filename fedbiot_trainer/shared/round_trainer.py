@@ -1,0 +1,293 @@
+"""What the client's trainer and the alignment trainer have in common: many short trainings of one LoRA."""
+
+import gc
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
+from transformers import get_scheduler, set_seed
+from trl import SFTTrainer
+
+from ..config import FedBiOTConfig
+from .lora_state import set_trainable_lora
+from .processes import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
+from .quantized import check_gradient
+
+
+class StepSampler(Sampler[list[int]]):
+    """
+    The batches `start`, ..., `stop - 1` of an endless pass over a dataset that is reshuffled every epoch.
+
+    Order and batches are those of a plain `Trainer` with the same seed that runs from batch 0, so a training that is
+    cut into rounds sees the data in the same order.
+
+    Args:
+        num_examples (`int`): Size of the dataset.
+        batch_size (`int`): Examples per batch. The last batch of an epoch may be smaller.
+        seed (`int`): Epoch `e` is shuffled with `seed + e`.
+        start, stop (`int`): Range of batches.
+        drop_last (`bool`, *optional*, defaults to `False`): Whether to leave out an epoch's smaller last batch.
+        step (`int`, *optional*, defaults to `1`): Distance of one batch to the next, where processes share them.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        drop_last: bool = False,
+        step: int = 1,
+    ):
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self.indices, self.drop_last = range(start, stop, step), drop_last
+        batches = num_examples / batch_size
+        self.batches_per_epoch = math.floor(batches) if drop_last else math.ceil(batches)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"`per_device_train_batch_size` is {batch_size}, but there are only {num_examples} examples and "
+                "`dataloader_drop_last` is set, so there is no batch. Use smaller batches."
+            )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def rows(self) -> list[int]:
+        """The examples in these batches, each once, in order."""
+        return list(dict.fromkeys(row for batch in self for row in batch))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = None, []
+        for index in self.indices:
+            if index // self.batches_per_epoch != epoch:
+                epoch = index // self.batches_per_epoch
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                order = torch.randperm(self.num_examples, generator=generator).tolist()
+            first = index % self.batches_per_epoch * self.batch_size
+            yield order[first : first + self.batch_size]
+
+
+class RoundTrainer(SFTTrainer):
+    """
+    An [`~trl.SFTTrainer`] of one of the two LoRAs, whose every `train()` call takes the next `args.max_steps` steps of
+    an endless pass over its data, with a fresh optimizer.
+
+    Attributes:
+        lora_name (`str`): The LoRA that it trains.
+        steps_done (`int`): Optimizer steps taken in earlier calls; set it to continue somewhere else.
+        total_steps (`int`): Steps over which the learning-rate schedule runs.
+        schedule_start (`int`, *optional*): Where in it the next call starts. `None`: at `steps_done`.
+    """
+
+    lora_name: str
+
+    def __init__(
+        self,
+        model,
+        args: FedBiOTConfig,
+        total_steps: int,
+        train_dataset: Dataset,
+        share_accelerator: "RoundTrainer | None" = None,
+        **kwargs,
+    ):
+        if not isinstance(train_dataset, Dataset):
+            raise TypeError(
+                f"`train_dataset` must be a `datasets.Dataset`, got {type(train_dataset).__name__}. Rounds need to "
+                "know where in the data they are, which a stream cannot tell."
+            )
+        if kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("`optimizers` cannot be passed: every round starts with a fresh optimizer.")
+        self._accelerator_from = share_accelerator
+        self._deepspeed: DeepSpeedSettings | None = None
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
+        model.requires_grad_(False)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.steps_done = 0
+        self.total_steps = total_steps
+        self.schedule_start: int | None = None
+        self.step_metrics: dict[str, list[float]] = defaultdict(list)
+        self._check_vocabulary()
+        check_gradient(self.model)
+
+    def create_accelerator_and_postprocess(self):
+        other = self._accelerator_from
+        if other is None:
+            if self.args.deepspeed_plugin is not None:
+                self._deepspeed = DeepSpeedSettings(self.args.deepspeed_plugin.hf_ds_config.config)
+            super().create_accelerator_and_postprocess()
+            prepare_fsdp(self.accelerator)
+        else:
+            # DeepSpeed allows one accelerator in a process.
+            self._deepspeed = other._deepspeed
+            for name in ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled"):
+                setattr(self, name, getattr(other, name))
+
+    def _check_vocabulary(self):
+        size, rows = len(self._tokenizer), whole_shape(self.model.get_input_embeddings().weight)[0]
+        if size > rows:
+            raise ValueError(
+                f"`processing_class` has a vocabulary of {size} tokens, but the model's embedding has {rows} rows. Use "
+                "the model's own tokenizer, or resize the full model's embedding before you split it."
+            )
+
+    def prepare(self, dataset: Dataset, name: str, packing: bool | None = None) -> Dataset:
+        """
+        Tokenize a dataset as the trainer's own is.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): Text, in any form that [`~trl.SFTTrainer`] takes.
+            name (`str`): What errors call it.
+            packing (`bool`, *optional*): Defaults to `args.packing`.
+
+        Raises:
+            ValueError: If it has no example with a token to train on.
+        """
+        if len(dataset) == 0:
+            raise ValueError(f"The dataset of {name} is empty.")
+        packing = self.args.packing if packing is None else packing
+        prepared = self._prepare_dataset(
+            dataset, self.processing_class, self.args, packing, self._formatting_func, name
+        )
+        if len(prepared) == 0:
+            raise ValueError(
+                f"The dataset of {name} has no token to train on: in each of its {len(dataset)} examples everything "
+                f"within `max_length` ({self.args.max_length}) is masked. Raise `max_length`, or check the completions."
+            )
+        return prepared
+
+    def record(self, name: str, value: torch.Tensor):
+        """Keep a scalar of this step, for the logs and for `step_metrics`."""
+        self._metrics["train" if self.model.training else "eval"][name].append(value.item())
+        if self.model.training:
+            self.step_metrics[name].append(self._metrics["train"][name][-1])
+
+    def step_sampler(self, start: int, stop: int, process_index: int | None = None) -> StepSampler:
+        """The batches of one process, or of all, in the steps `start`, ..., `stop - 1`."""
+        num_processes = self.accelerator.num_processes
+        micro_batches = self.args.gradient_accumulation_steps * num_processes
+        return StepSampler(
+            len(self.train_dataset),
+            self.args.per_device_train_batch_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            start * micro_batches + (process_index or 0),
+            stop * micro_batches,
+            self.args.dataloader_drop_last,
+            step=1 if process_index is None else num_processes,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        device, stop = self.accelerator.device, self.steps_done + self.args.max_steps
+        loader = DataLoader(
+            self._remove_unused_columns(self.train_dataset, description="training"),
+            batch_sampler=self.step_sampler(self.steps_done, stop, self.accelerator.process_index),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        # The sampler gives each process its own batches; there is nothing left to distribute.
+        return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=optimizer or self.optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(self.total_steps),
+                num_training_steps=self.total_steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            )
+            # The optimizer is new in every round, the schedule goes on.
+            start = self.steps_done if self.schedule_start is None else self.schedule_start
+            scheduler.lr_lambdas = [
+                lambda step, schedule=schedule, offset=start: schedule(step + offset)
+                for schedule in scheduler.lr_lambdas
+            ]
+            rates = [
+                rate * schedule(0) for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+            self.lr_scheduler = scheduler
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def train(self, *args, seed: int | None = None, **kwargs):
+        """
+        Take the next `args.max_steps` steps.
+
+        Args:
+            seed (`int`, *optional*): Seed of dropout in these steps. `None` takes `args.seed`.
+        """
+        set_seed(self.args.seed if seed is None else seed)
+        set_trainable_lora(self.model, self.lora_name)
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.step_metrics.clear()
+        renew_trainable(self.model)
+        self._prepare_processes()
+        # Accelerate wraps `forward` for mixed precision at every call, and Transformers wraps `generate` for FSDP2;
+        # without this the wrappers would pile up.
+        forward, generate = (vars(self.model).get(name) for name in ("forward", "generate"))
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            vars(self.model).pop("forward", None)
+            if forward is not None:
+                self.model.forward = forward
+            if generate is not None:
+                self.model.generate = generate
+            self.deepspeed = None
+            self.model_wrapped = self.model
+            free_engine(self.accelerator)
+        self._average_step_metrics()
+        self.steps_done += self.args.max_steps
+        return output
+
+    def _prepare_processes(self):
+        if self.accelerator.num_processes > 1 and self._deepspeed is None:
+            # Frozen tensors are equal in all processes. Without this, DDP would send all of them in every `train()`.
+            frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+            frozen += [name for name, _ in self.model.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+        if self._deepspeed is not None:
+            self._deepspeed.apply(self.accelerator, self.args)
+
+    def _average_step_metrics(self):
+        """Metrics of a step are its process's own until here."""
+        if self.accelerator.num_processes > 1:
+            for name in sorted(self.step_metrics):
+                values = torch.tensor(self.step_metrics[name], dtype=torch.float64, device=self.accelerator.device)
+                self.step_metrics[name] = self.accelerator.reduce(values, "mean").tolist()
+
+    def take_steps(self, num_steps: int, seed: int | None = None):
+        """[`train`] for `num_steps` steps."""
+        self.args.max_steps = num_steps
+        return self.train(seed=seed)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Nothing: the card of a federated run describes the whole run and is written by [`FederatedRunner`]."""
+
+
+@contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """
+    Keep what exists now out of garbage collection. Accelerate collects at the start of every `train()`, and going
+    through all modules of the libraries and the models each time takes longer than a small client's local steps.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

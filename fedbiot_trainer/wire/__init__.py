@@ -1,0 +1,1 @@
+"""What crosses the line between the two sides."""
