@@ -48,7 +48,7 @@ def make_trainer(args, teacher: str, drop_ratio: float, batch_size: int, vocab_s
     set_lora_state(models.adap_emu, CLIENT, state)
     models.plug_in(state)
     trainer.prepare_teacher()
-    set_trainable_lora(trainer.model, trainer.adapter)
+    set_trainable_lora(trainer.model, trainer.lora_name)
     return trainer
 
 

@@ -59,7 +59,7 @@ def make_trainers(args, vocab_size: int, batch_size: int, folder: str):
     tokenizer = word_tokenizer(vocab_size)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = random_llama(args.hidden_size, args.num_layers, vocab_size)
-    ours, theirs = (FederatedServer(model, config, None, tokenizer, lora).split_model.emulator for _ in range(2))
+    ours, theirs = (FederatedServer(model, config, None, tokenizer, lora).models.adap_emu for _ in range(2))
     theirs = as_peft_runs_it(theirs)
     set_trainable_lora(theirs, CLIENT)
     data = token_dataset(2 * batch_size, args.num_tokens, vocab_size)

@@ -77,14 +77,14 @@ def run_federation(args) -> dict:
         return {"prepared_mb": prepared, "peak_mb": peak_mb(), "shared": shared_bytes(runner.server.models)}
 
 
-def shared_bytes(split_model) -> float:
+def shared_bytes(models) -> float:
     """Share of the bytes of emulator + adapter layers, LoRAs apart, that lie in the full model's tensors."""
 
     def tensors(model):
         named = itertools.chain(model.named_parameters(), model.named_buffers())
         return {tensor.data_ptr(): tensor.nbytes for name, tensor in named if "lora_" not in name}
 
-    full, emulator = tensors(split_model.full), tensors(split_model.emulator)
+    full, emulator = tensors(models.adap_fu), tensors(models.adap_emu)
     return sum(size for address, size in emulator.items() if address in full) / sum(emulator.values())
 
 

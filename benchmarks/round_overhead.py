@@ -1,9 +1,8 @@
 """
 What a round costs beyond the training steps: payloads, and what surrounds a client's steps.
 
-The first two rows take rounds at the sizes of a small real run: the share of a round that goes into encoding, decoding
-and checking payloads, and whole rounds with `use_wire_format` against rounds without, taken in turn. The others take
-`FederatedClient.fit` apart: all of it, less the calls of `training_step` (forward and backward). All is CPU time.
+The first row takes rounds at the sizes of a small real run: the share of a round that goes into encoding, decoding and
+checking payloads. The others take `FederatedClient.fit` apart: all of it, less the calls of `training_step` (forward and backward). All is CPU time.
 
     python benchmarks/round_overhead.py --json round_overhead.json
 """
@@ -16,11 +15,9 @@ from unittest.mock import patch
 from common import StepClock, parser, random_llama, show, spread, timed, token_dataset, word_tokenizer
 from peft import LoraConfig
 
-import fedbiot_trainer.client
-import fedbiot_trainer.server
 from fedbiot_trainer import ClientUpdate, FedBiOTConfig, FederatedRunner, RoundStart
 from fedbiot_trainer.shared.round_trainer import frozen_garbage
-from fedbiot_trainer.wire.messages import check_lora
+from fedbiot_trainer.wire.messages import RoundStarts
 
 
 # hidden_size, num_layers, vocab_size, intermediate_size
@@ -59,9 +56,10 @@ def run_round(runner: FederatedRunner, server_round: int):
     """One round without evaluation and files: align, broadcast, local training, aggregate."""
     server = runner.server
     server.align(runner.args.alignment_steps)
-    start = server.start_round(server_round)
+    server.begin_round()
+    starts = server.start_round(server_round, list(runner.clients))
     for name, client in runner.clients.items():
-        server.receive(server_round, name, client.fit(start, server_round))
+        server.receive(server_round, name, client.fit(starts[name]))
     server.aggregate()
 
 
@@ -69,33 +67,27 @@ def run_round(runner: FederatedRunner, server_round: int):
 def payload_clock(seconds: list[float]):
     """Time everything that is done with a payload: encoding, decoding, checking."""
     with ExitStack() as stack:
+        for payload, encode in ((RoundStarts, "__init__"), (RoundStarts, "__getitem__"), (ClientUpdate, "to_bytes")):
+            clocked = timed(seconds, getattr(payload, encode))
+            stack.enter_context(patch.object(payload, encode, lambda *args, clocked=clocked: clocked(*args)))
         for payload in (RoundStart, ClientUpdate):
-            encode, decode = (timed(seconds, function) for function in (payload.to_bytes, payload.from_bytes))
-            stack.enter_context(patch.object(payload, "to_bytes", lambda self, encode=encode: encode(self)))
-            stack.enter_context(patch.object(payload, "from_bytes", decode))
-        for module in (fedbiot_trainer.client, fedbiot_trainer.server):
-            stack.enter_context(patch.object(module, "check_lora", timed(seconds, check_lora)))
+            stack.enter_context(patch.object(payload, "from_bytes", timed(seconds, payload.from_bytes)))
         yield
 
 
-def measure_wire(sizes: dict, pairs: int) -> list[dict]:
-    """Rounds with and without bytes in turn, and the time inside the payload functions of the former."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+def measure_wire(sizes: dict, rounds: int) -> dict:
+    """Whole rounds, and the time inside the payload functions of each."""
+    seconds: list[float] = []
     payloads: list[float] = []
     with federation(sizes) as runner:
-        run_round(runner, 0)
-        for index in range(2 * pairs):
-            wire_format = (index + 1) // 2 % 2 == 1  # off, on, on, off, ...
-            runner.server.args.use_wire_format = wire_format
+        run_round(runner, 1)
+        for index in range(rounds):
             inside: list[float] = []
             with payload_clock(inside):
-                timed(seconds[wire_format], run_round)(runner, index + 1)
-            if wire_format:
-                payloads.append(sum(inside))
-    on, off = seconds[True], seconds[False]
-    shares = [part / whole for part, whole in zip(payloads, on, strict=True)]
-    ratios = [one / other for one, other in zip(on, off, strict=True)]
-    return [row("payloads / round", sizes, shares, 0.02, on, payloads), row("bytes on / off", sizes, ratios, 1.02, on)]
+                timed(seconds, run_round)(runner, index + 2)
+            payloads.append(sum(inside))
+    shares = [part / whole for part, whole in zip(payloads, seconds, strict=True)]
+    return row("payloads / round", sizes, shares, 0.02, seconds, payloads)
 
 
 def measure_fit(sizes: dict, rounds: int, share_target: float | None = None, ms_target: float | None = None) -> dict:
@@ -106,10 +98,10 @@ def measure_fit(sizes: dict, rounds: int, share_target: float | None = None, ms_
         runner.trainer.add_callback(clock)
         runner.trainer.training_step = timed(inside, runner.trainer.training_step)
         for server_round in range(rounds + 1):
-            start = runner.server.start_round(server_round)
+            start = runner.server.start_round(server_round + 1, ["client-0"])["client-0"]
             inside.clear()
             clock.seconds.clear()
-            timed(totals, runner.clients["client-0"].fit)(start, server_round)
+            timed(totals, runner.clients["client-0"].fit)(start)
             outside.append(totals[-1] - sum(inside))
             around.append(totals[-1] - sum(clock.seconds))
     totals, outside, around = totals[1:], outside[1:], around[1:]  # the first warms up
@@ -130,15 +122,14 @@ def row(measure: str, sizes: dict, values: list[float], target: float, whole, pa
 
 def main():
     arguments = parser(__doc__)
-    arguments.add_argument("--pairs", type=int, default=3, help="Rounds of the small run with and without bytes.")
+    arguments.add_argument("--wire_rounds", type=int, default=3, help="Rounds of the small run.")
     arguments.add_argument("--rounds", type=int, default=5, help="Rounds of one client for each row of `fit`.")
     args = arguments.parse_args()
     small, larger = SMALL, LARGER
     if args.quick:
-        args.pairs, args.rounds = 1, 2
+        args.wire_rounds, args.rounds = 1, 2
         small, larger = ({**sizes, "local_steps": 3, "alignment_steps": 1} for sizes in (SMALL, LARGER))
-    rows = measure_wire(small, args.pairs)
-    rows.append(measure_fit(larger, args.rounds, share_target=0.05))
+    rows = [measure_wire(small, args.wire_rounds), measure_fit(larger, args.rounds, share_target=0.05)]
     rows += [measure_fit({**TOY, "local_steps": steps}, args.rounds, ms_target=150.0) for steps in (30, 1)]
     show("A round beyond its training steps", rows, args.json)
 

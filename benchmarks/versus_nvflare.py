@@ -149,7 +149,7 @@ def run_ours(folder: Path, setting: str):
         peft_config=LoraConfig(**settings["lora"]),
         callbacks=[clock],
     )
-    sizes = runner.train()["bytes"]
+    sizes = runner.train().bytes
     turns = settings["num_rounds"] * len(settings["clients"])
     sizes = {"down": sizes["down"] / turns, "up": sizes["up"] / turns, "once": sizes["once_per_client"]}
     if config.process_index == 0:

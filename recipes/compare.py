@@ -42,6 +42,7 @@ from fedbiot_trainer.config.methods import ABLATION, COMPARISON, WITHOUT_EMULATO
 from fedbiot_trainer.federation.costs import SETTINGS, plan
 from fedbiot_trainer.output.figures import COLORS
 from fedbiot_trainer.output.tables import format_bytes
+from fedbiot_trainer.shared.records import RoundRecord, RunSummary
 
 
 RECIPES = Path(__file__).parent
@@ -136,7 +137,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: se
     if process.returncode != 0:
         last_lines = "\n".join((folder / "log.txt").read_text().splitlines()[-5:])
         return f"{cell} failed ({folder / 'log.txt'}):\n{last_lines}"
-    if "adap_fu" not in json.loads((folder / "summary.json").read_text()):
+    if RunSummary.read(folder / "summary.json").adap_fu is None:
         return f"{cell} has evaluated nothing: give the runs held-out text with `--eval_dataset_name`."
     (folder / "cell.json").write_text(json.dumps(made_with(args, flags)) + "\n")
     return None
@@ -186,51 +187,51 @@ def _score(values: dict[str, float]) -> tuple[str, float]:
 def read_cell(cell: Cell, args: argparse.Namespace) -> dict:
     """A cell's result and costs; FLOPs are counted from the model's config, at the texts' mean length."""
     folder = args.output_dir / str(cell)
-    summary = json.loads((folder / "summary.json").read_text())
-    first = next(iter(summary.get("clients", {"": None})))
-    records = folder / first / "rounds.jsonl"
-    rounds = [json.loads(line) for line in records.read_text().splitlines()] if records.is_file() else []
-    trains = summary["rounds"] > 0
-    down, up = summary["bytes"]["down"], summary["bytes"]["up"]
-    sent = sum(len(record["client_losses"]) + len(record["refused"]) for record in rounds) if trains else 0
-    num_clients = len(summary.get("num_examples", [first]))
+    summary = RunSummary.read(folder / "summary.json")
+    first = next(iter(summary.clients or {"": None}))
+    rounds = RoundRecord.read_all(folder / first / "rounds.jsonl")
+    trains = summary.rounds > 0
+    sent = sum(len(record.answered) for record in rounds) if trains else 0
+    num_clients = 1 if summary.clients else len(summary.num_examples)
     return {
         "task": args.task,
         "method": cell.method,
         "beta": cell.beta,
         "seed": cell.seed,
-        "zero_shot": summary["zero_shot"],
-        "adap_emu": summary["adap_emu"] if cell.method not in WITHOUT_EMULATOR else None,
-        "adap_fu": summary["adap_fu"],
-        "trainable_parameters": summary["parameters"]["trainable_client"] if trains else 0,
-        "client_share": summary["parameters"]["client_share"],
-        "bytes_per_client_round": (down + up) / sent if sent and down is not None else 0,
+        "zero_shot": summary.zero_shot,
+        "adap_emu": summary.adap_emu if cell.method not in WITHOUT_EMULATOR else None,
+        "adap_fu": summary.adap_fu,
+        "trainable_parameters": summary.parameters.trainable_client if trains else 0,
+        "client_share": summary.parameters.client_share,
+        "bytes_per_client_round": (summary.bytes["down"] + summary.bytes["up"]) / sent if sent else 0,
         **(_flops(summary, folder / first, sent / num_clients) if trains else NO_FLOPS),
-        "seconds": summary["seconds"]["total"],
-        "drift": [{name: record[name] for name in ("server_round", "drift_l2", "drift_kl")} for record in rounds]
+        "seconds": summary.seconds["total"],
+        "drift": [
+            {name: getattr(record, name) for name in ("server_round", "drift_l2", "drift_kl")} for record in rounds
+        ]
         if cell.method in DRIFT and args.drift
         else [],
     }
 
 
-def _flops(summary: dict, folder: Path, rounds_of_a_client: float) -> dict[str, float | None]:
+def _flops(summary: RunSummary, folder: Path, rounds_of_a_client: float) -> dict[str, float | None]:
     """FLOPs of one client and of the server in the whole run; `None` for a model that cannot be planned."""
-    settings, lengths = summary["settings"], summary["tokens_per_example"]
-    lora = LoraConfig(**{name: summary["peft_config"][name] for name in ("r", "lora_alpha", "target_modules")})
+    settings, lengths = summary.settings, summary.tokens_per_example
+    lora = LoraConfig(**{name: summary.peft_config[name] for name in ("r", "lora_alpha", "target_modules")})
     base = json.loads((folder / "client_lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     names = (*SETTINGS, "teacher", "trust_remote_code")
     known = {name: settings[name] for name in names if settings[name] is not None}
 
     def costs(length):
         args = FedBiOTConfig(**{**known, "max_length": max(2, round(length))}, use_cpu=True)
-        return plan(base, args, lora, public_examples=summary["num_public_examples"] or 1)
+        return plan(base, args, lora, public_examples=summary.num_public_examples or 1)
 
     try:
         client = costs(lengths["clients"])["clients"]["fedbiot"]["flops_per_round"] * rounds_of_a_client
         server = 0
         if lengths["public"] is not None:
             align = costs(lengths["public"])["server"][settings["teacher"]]
-            steps = settings["initial_alignment_steps"] + summary["rounds"] * settings["alignment_steps"]
+            steps = settings["initial_alignment_steps"] + summary.rounds * settings["alignment_steps"]
             server = align["flops_per_step"] * steps + align["flops_to_store"]
     except (OSError, ValueError) as error:
         warnings.warn(f"FLOPs cannot be counted: {error}", stacklevel=2)

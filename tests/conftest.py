@@ -145,7 +145,7 @@ def batch():
 def pass_at_k(monkeypatch):
     """The metric that runs code, allowed to."""
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    folder = Path(fedbiot_trainer.__file__).parent / "metrics" / "pass_at_k"
+    folder = Path(fedbiot_trainer.__file__).parent / "evaluation" / "metrics" / "pass_at_k"
     metric = evaluate.load(str(folder), keep_in_memory=True)
     try:
         metric.compute(predictions=["x = 1"], references=["assert x"])

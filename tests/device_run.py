@@ -38,7 +38,7 @@ def federation(base: str, folder: str, **settings) -> dict[str, float]:
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     summary = runner.train()
-    losses = {name: summary[name]["loss"] for name in ("zero_shot", "adap_emu", "adap_fu")}
+    losses = {name: getattr(summary, name)["loss"] for name in ("zero_shot", "adap_emu", "adap_fu")}
     return losses | {"drift": runner.evaluator.drift()["drift_kl"]}
 
 

@@ -1,22 +1,25 @@
 import io
+import re
+import time
 
 import pytest
 from rich.console import Console
 
 from fedbiot_trainer.output.progress import RunProgress
+from fedbiot_trainer.shared.records import RoundRecord
 
 
 def record(**changes):
-    return {
-        "server_round": 2,
+    values = {
         "alignment_l2": 0.5,
         "client_losses": {"north": 1.0, "south": 2.0},
         "adap_emu_loss": 3.0,
         "adap_fu_loss": 2.5,
         "seconds": {"align": 1.0, "evaluate": 0.5},
-        "refused": {},
+        "counted": True,
         **changes,
     }
+    return RoundRecord(2, **values)
 
 
 @pytest.fixture
@@ -59,13 +62,26 @@ def test_refusals_are_shown(make_progress):
     progress = make_progress()
     progress.round_line(record(client_losses={"[b]x[/b]": 1.0}, refused={"south": "`a` is [2, 3]"}))
     assert "refused the update of client 'south': `a` is [2, 3]" in printed(progress)
+
+
+def test_absence_is_shown(make_progress):
+    progress = make_progress()
+    progress.round_line(record(client_losses={}, failed={"south": "OSError: no disk"}, counted=False))
+    assert "round 2/3 | align L2 0.500 | too few answers | AdapEmu" in printed(progress)
+    assert "no answer from client 'south': OSError: no disk" in printed(progress)
+
+
+def test_names_are_no_markup(make_progress):
+    progress = make_progress()
+    progress.round_line(record(client_losses={"[b]x[/b]": 1.0}))
     assert "[b]x[/b] 1.000" in printed(progress)
 
 
 def test_live_display_says_where_the_run_is(make_progress):
     progress = make_progress(terminal=True)
     with progress:
-        progress.phase(2, "client north")
+        progress.phase(2, "local training")
+        progress.client("north")
         progress.step(0.731)
         progress._live.refresh()
     for text in ("round 2/3", "client north", "loss 0.731", "ETA"):
@@ -73,7 +89,7 @@ def test_live_display_says_where_the_run_is(make_progress):
 
 
 def test_eta_counts_the_steps(make_progress, monkeypatch):
-    clock = iter([0.0, 30.0, 3600.0])
+    clock = iter([0.0, 30.0, 3600.0, 30.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     progress = make_progress()
     assert progress.eta == "--:--"
@@ -81,6 +97,28 @@ def test_eta_counts_the_steps(make_progress, monkeypatch):
     assert progress.eta == "0:30"
     progress.steps_done, progress.total_steps = 1, 3
     assert progress.eta == "2:00:00"
+    progress.skip(2)  # of an earlier run
+    progress.steps_done = 3
+    assert progress.eta == "0:00"
+
+
+def test_a_line_now_and_then_where_there_is_no_terminal():
+    progress = RunProgress(10, 3, Console(file=io.StringIO(), width=100), interval=0.05)
+    with progress:
+        progress.phase(2, "local training")
+        progress.client("north")
+        progress.step(0.731)
+        while printed(progress).count("\n") < 2:
+            time.sleep(0.01)
+        progress.phase(2, "evaluating")
+        progress.part(3, 7)
+        while "evaluating" not in printed(progress):
+            time.sleep(0.01)
+    lines = printed(progress).splitlines()
+    assert re.fullmatch(
+        r"round 2/3 · local training · client north · step 1 · loss 0.731 · 0:00 so far \| ETA 0:0\d", lines[0]
+    )
+    assert "round 2/3 · evaluating · 3/7 · 0:00 so far | ETA" in printed(progress)
 
 
 def test_nothing_is_printed_when_logging_is_off(make_progress):

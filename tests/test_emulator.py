@@ -5,7 +5,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer.server.emulator import drop_layers
-from fedbiot_trainer.server.split import find_decoder_layers, kept_layer_indices, choose_split
+from fedbiot_trainer.server.split import choose_split, find_decoder_layers, kept_layer_indices
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state
 from fedbiot_trainer.wire.package import EmulatorPackage
@@ -59,7 +59,7 @@ def test_package_round_trip(any_model, batch, tmp_path):
     for adapter in ("client", "emulator"):
         randomize(models.adap_emu, adapter)
     states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
-    EmulatorPackage.of(models, *states).save(tmp_path)
+    models.package(*states).save(tmp_path)
     expected = models.adap_emu.eval()(**batch).logits
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

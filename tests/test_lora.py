@@ -3,7 +3,7 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
-from fedbiot_trainer.server.split_model import SplitModel, split_model
+from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import (
     get_lora_state,
     load_lora,
@@ -89,14 +89,16 @@ def test_target_modules_are_resolved(model, targets, expected):
 
 
 def test_default_targets_of_an_architecture_that_peft_does_not_know(monkeypatch):
-    monkeypatch.setattr("fedbiot_trainer.lora.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
+    monkeypatch.setattr("fedbiot_trainer.server.lora_placement.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
     models = SplitModel(tiny_model("gpt_neox"), 2, 0.5, LoraConfig())
     expected = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
     assert set(models.adap_emu.peft_config["client"].target_modules) == expected
 
 
 def test_emulator_lora_has_its_own_rank_and_no_dropout(model, make_args):
-    models = split_model(model, make_args(emulator_lora_r=6), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1))
+    models = SplitModel.from_config(
+        model, make_args(emulator_lora_r=6), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1)
+    )
     client, emulator = models.adap_emu.peft_config["client"], models.adap_emu.peft_config["emulator"]
     assert (client.r, client.lora_alpha, client.lora_dropout) == (4, 8, 0.1)
     assert (emulator.r, emulator.lora_alpha, emulator.lora_dropout) == (6, 12, 0.0)

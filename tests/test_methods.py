@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer import METHODS, run_method
 from fedbiot_trainer.config.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
+from fedbiot_trainer.shared.records import RunSummary
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -37,19 +38,19 @@ def test_every_method_is_in_the_comparison_or_the_ablation():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(run, method, tmp_path):
     summary = run(method, eval_drift=True)
-    assert summary["adap_fu"]["loss"] > 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary.adap_fu["loss"] > 0
+    assert RunSummary.read(tmp_path / "run" / "summary.json") == summary
     if method == "zero_shot":
-        assert summary["adap_fu"] == summary["zero_shot"]
+        assert summary.adap_fu == summary.zero_shot
     else:
-        assert summary["adap_fu"]["loss"] != summary["zero_shot"]["loss"]
+        assert summary.adap_fu["loss"] != summary.zero_shot["loss"]
     if method == "full_lora":
-        assert summary["adap_fu"] == summary["adap_emu"]
+        assert summary.adap_fu == summary.adap_emu
 
 
 def test_adapter_layers_of_each_method(run):
     def layers(method):
-        return list(run(method, num_rounds=1, overwrite_output_dir=True)["split"]["adapter_layers"])
+        return list(run(method, num_rounds=1, overwrite_output_dir=True).split.adapter_layers)
 
     assert layers("fedbiot") == [6, 7]
     assert layers("offsite_tuning") == layers("fedot") == layers("fedbiot_both_ends") == [0, 7]
@@ -70,25 +71,25 @@ def test_budgets_are_equal(make_args):
 def test_fedbiot_is_the_plain_run(run, make_runner, tmp_path):
     summary = run("fedbiot")
     plain = make_runner(peft_config=LORA, output_dir=str(tmp_path / "plain")).train()
-    assert summary["adap_fu"] == plain["adap_fu"] and summary["adap_emu"] == plain["adap_emu"]
+    assert summary.adap_fu == plain.adap_fu and summary.adap_emu == plain.adap_emu
 
 
 def test_clients_alone_see_nothing_of_each_other(run, make_runner, tmp_path):
     summary = run("local_only")
-    assert summary["clients"].keys() == DATA.keys()
-    losses = [results["adap_fu"]["loss"] for results in summary["clients"].values()]
-    assert summary["adap_fu"]["loss"] == pytest.approx(sum(losses) / 2)
+    assert summary.clients.keys() == DATA.keys()
+    losses = [results["adap_fu"]["loss"] for results in summary.clients.values()]
+    assert summary.adap_fu["loss"] == pytest.approx(sum(losses) / 2)
     alone = make_runner(
         client_datasets={"south": DATA["south"]}, peft_config=LORA, output_dir=str(tmp_path / "alone")
     ).train()
-    assert alone["adap_fu"] == summary["clients"]["south"]["adap_fu"]
+    assert alone.adap_fu == summary.clients["south"]["adap_fu"]
     assert losses[0] != losses[1]
 
 
 def test_lora_on_all_layers_is_a_plain_peft_folder(run, make_args, tmp_path, batch):
     model = tiny_model()
     summary = run("full_lora", model=model)
-    assert summary["parameters"]["client_share"] == 1
+    assert summary.parameters.client_share == 1
     model.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     tuned = PeftModel.from_pretrained(base, tmp_path / "run" / "client_lora")
@@ -126,6 +127,6 @@ def test_what_cannot_work(run, method, changes, message):
 def test_methods_without_an_emulator_do_not_depend_on_the_drop_ratio(run):
     for method in WITHOUT_EMULATOR:
         results = [
-            run(method, emulator_drop_ratio=beta, overwrite_output_dir=True)["adap_fu"]["loss"] for beta in (0.2, 0.5)
+            run(method, emulator_drop_ratio=beta, overwrite_output_dir=True).adap_fu["loss"] for beta in (0.2, 0.5)
         ]
         assert results[0] == results[1]

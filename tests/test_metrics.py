@@ -12,7 +12,7 @@ import pytest
 import fedbiot_trainer
 
 
-METRICS = Path(fedbiot_trainer.__file__).parent / "metrics"
+METRICS = Path(fedbiot_trainer.__file__).parent / "evaluation" / "metrics"
 
 
 def load(name):

@@ -15,11 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import LlamaConfig, LlamaModel
 from trl import SFTTrainer
 
-from fedbiot_trainer import ClientSFTTrainer, ClientUpdate, EmulatorAlignmentTrainer, EmulatorPackage, RoundStart
+from fedbiot_trainer import (
+    ClientSFTTrainer,
+    ClientUpdate,
+    EmulatorAlignmentTrainer,
+    EmulatorPackage,
+    FedBiOTConfig,
+    RoundStart,
+)
 from fedbiot_trainer.cli.plan import main, plan_tables
-from fedbiot_trainer.config.settings import FedBiOTConfig
 from fedbiot_trainer.federation.costs import plan
-from fedbiot_trainer.server.split_model import count_parameters, split_model
+from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state
 
 
@@ -80,7 +86,7 @@ def texts():
 @pytest.fixture
 def make_client(args, texts, tokenizer):
     def make(model, **changes):
-        models = split_model(model, args(**changes), lora())
+        models = SplitModel.from_config(model, args(**changes), lora())
         return ClientSFTTrainer(models.adap_emu, args(**changes), texts, processing_class=tokenizer)
 
     return make
@@ -125,8 +131,8 @@ def small(**changes):
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters(args, name):
     case = planned(name)
-    models = split_model(case.build(), args(), lora())
-    assert case.parameters == count_parameters(models)
+    models = SplitModel.from_config(case.build(), args(), lora())
+    assert case.parameters == models.count_parameters()
     held = sum(parameter.numel() for parameter in models.adap_emu.parameters())
     assert case.clients["fedbiot"]["parameters"] == held
     assert case.clients["fedbiot"]["trainable_parameters"] == case.parameters["trainable_client"]
@@ -208,7 +214,7 @@ def test_bytes(args, tmp_path, tied, dtype):
     costs = plan(model, settings, lora())
     client, server = costs["clients"]["fedbiot"], costs["server"]["online"]
 
-    models = split_model(model, settings, lora())
+    models = SplitModel.from_config(model, settings, lora())
     states = [get_lora_state(models.adap_emu, adapter) for adapter in ("client", "emulator")]
     down, up = RoundStart(1, *states).to_bytes(), ClientUpdate(1, "", 7, {}, states[0]).to_bytes()
     assert (client["bytes_per_round_down"], client["bytes_per_round_up"]) == (len(down), len(up))

@@ -12,7 +12,7 @@ from fedbiot_trainer.cli.merge import merge
 from fedbiot_trainer.evaluation.passes import evaluate_loss
 from fedbiot_trainer.server.emulator import drop_layers
 from fedbiot_trainer.server.split import choose_split
-from fedbiot_trainer.server.split_model import SplitModel, count_parameters
+from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora, set_trainable_lora
 
 
@@ -92,12 +92,12 @@ def test_emulator_shares_quantized_weights(load, quantization, batch):
     models = SplitModel(model, 2, 0.5, LORA)
     full = {id(parameter) for parameter in model.parameters()}
     assert all(id(p) in full for name, p in models.adap_emu.named_parameters() if "lora_" not in name)
-    assert count_parameters(models)["full"] == sum(p.numel() for p in tiny_model(**SIZES).parameters())
+    assert models.count_parameters()["full"] == sum(p.numel() for p in tiny_model(**SIZES).parameters())
 
     whole = SplitModel(model, 2, 0.0, LORA)
-    randomize(whole.emulator, "client")
-    whole.plug_in(get_lora_state(whole.emulator, "client"))
-    assert torch.equal(logits(whole.full, batch), logits(whole.emulator, batch))
+    randomize(whole.adap_emu, "client")
+    whole.plug_in(get_lora_state(whole.adap_emu, "client"))
+    assert torch.equal(logits(whole.adap_fu, batch), logits(whole.adap_emu, batch))
     assert torch.equal(logits(drop_layers(model, choose_split(model, 2, 0.0)), batch), logits(model, batch))
 
 
@@ -159,12 +159,12 @@ def test_run_on_a_quantized_model(make_args, folder, quantization, tmp_path):
         peft_config=LORA,
     )
     summary = runner.train()
-    assert summary["adap_fu"]["loss"] < summary["zero_shot"]["loss"] - 0.1
+    assert summary.adap_fu["loss"] < summary.zero_shot["loss"] - 0.1
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{args.output_dir}/client_lora")
     evaluator = runner.evaluator
     loss = evaluate_loss(model, evaluator.tokens, evaluator.data_collator, 8, evaluator.accelerator)["loss"]
-    assert loss == pytest.approx(summary["adap_fu"]["loss"], abs=0.5)
+    assert loss == pytest.approx(summary.adap_fu["loss"], abs=0.5)
     merged = evaluate_loss(
         model.merge_and_unload(), evaluator.tokens, evaluator.data_collator, 8, evaluator.accelerator
     )["loss"]

@@ -32,7 +32,7 @@ def test_snippet(folder, index, monkeypatch):
     names = {}
     exec(code, names)
     if index == 0:
-        assert names["runner"].summary["rounds"] == 1
+        assert names["runner"].summary.rounds == 1
     elif index == 3:
         assert isinstance(names["model"], transformers.PreTrainedModel)
     else:

@@ -37,8 +37,8 @@ def test_gsm8k_with_codealpaca_as_public_text(make_runner):
         max_length=512,
     )
     summary = runner.train()
-    assert summary["adap_fu"]["loss"] < summary["zero_shot"]["loss"] - 0.15
-    assert summary["num_examples"] == {"client-0": 20, "client-1": 20, "client-2": 20}
+    assert summary.adap_fu["loss"] < summary.zero_shot["loss"] - 0.15
+    assert summary.num_examples == {"client-0": 20, "client-1": 20, "client-2": 20}
 
 
 @pytest.mark.skipif(not (DATA / "HumanEval.jsonl.gz").exists(), reason="FEDBIOT_DATA has no HumanEval.jsonl.gz")

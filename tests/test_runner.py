@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fedbiot_trainer import ClientUpdate, FedBiOTConfig, FederatedRunner, PayloadError, RoundStart
 from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
+from fedbiot_trainer.wire.messages import LocalWork
 
 
 WORDS = Dataset.from_dict({"prompt": ["a="], "completion": ["b"]})
@@ -69,8 +70,10 @@ def test_rounds_file(run):
 
 
 def test_bytes_are_those_of_the_payloads(run):
-    start = run.server.start_round(3)
-    assert rounds_of(run)[2]["bytes_down"] == 2 * len(start)
+    starts = run.server.start_round(3, ["north", "south"])
+    sizes = [len(starts[name]) for name in starts]
+    assert sizes == [starts.size(name) for name in starts]
+    assert rounds_of(run)[2]["bytes_down"] == pytest.approx(sum(sizes), abs=8)  # digits of numbers
     assert 0 < rounds_of(run)[2]["bytes_up"] < rounds_of(run)[2]["bytes_down"]
 
 
@@ -81,8 +84,8 @@ def test_summary(run):
     parameters = summary["parameters"]
     assert parameters["full"] == tiny_model().num_parameters()
     plain = AutoModelForCausalLM.from_pretrained(run.folder.path / "emulator_package")
-    assert parameters["emulator"] == plain.num_parameters()
-    assert parameters["client_share"] == parameters["emulator"] / parameters["full"]
+    assert parameters["adap_emu"] == plain.num_parameters()
+    assert parameters["client_share"] == parameters["adap_emu"] / parameters["full"]
     client = get_lora_state(run.server.models.adap_emu, "client")
     assert parameters["trainable_client"] == sum(tensor.numel() for tensor in client.values())
     assert summary["settings"]["emulator_drop_ratio"] == 0.5
@@ -101,7 +104,7 @@ def test_figure_and_trackers(run):
     assert values == pytest.approx([record["adap_fu_loss"] for record in rounds_of(run)])
     assert [event.step for event in events.Scalars("train/client_loss/north")] == [1, 2, 3]
     [score] = events.Scalars("eval/adap_fu_exact_match")
-    assert score.step == 3 and score.value == pytest.approx(run.summary["adap_fu"]["exact_match"])
+    assert score.step == 3 and score.value == pytest.approx(run.summary.adap_fu["exact_match"])
     terms = [event.value for event in events.Scalars("train/proximal_term/south")]
     assert terms == pytest.approx([record["proximal_terms"]["south"] for record in rounds_of(run)])
 
@@ -131,7 +134,7 @@ assert "fedbiot_trainer" not in sys.modules
 def test_model_card(run):
     card = (run.folder.path / "client_lora" / "README.md").read_text()
     assert "library_name: peft" in card
-    assert f"{run.summary['adap_fu']['loss']:.4f}" in card
+    assert f"{run.summary.adap_fu['loss']:.4f}" in card
     assert not re.search(r"\bNone\b(?! of them)", card)
     assert 'from_pretrained("path/to/base")' in card
     assert str(run.folder.path) not in card
@@ -154,7 +157,7 @@ def test_package_with_its_loras_is_adap_emu(run, tokenizer):
 def test_evaluate_again(run):
     again = run.evaluate()
     for name, metrics in again.items():
-        assert metrics == pytest.approx(run.summary[name])
+        assert metrics == pytest.approx(getattr(run.summary, name))
 
 
 # ---- invariants
@@ -165,8 +168,8 @@ def test_nothing_dropped_makes_adap_emu_equal_adap_fu(make_runner):
     runner.train()
     for record in rounds_of(runner):
         assert record["adap_emu_loss"] == record["adap_fu_loss"]
-    assert runner.summary["adap_emu"] == runner.summary["adap_fu"]
-    assert runner.summary["adap_fu"]["loss"] < runner.summary["zero_shot"]["loss"]
+    assert runner.summary.adap_emu == runner.summary.adap_fu
+    assert runner.summary.adap_fu["loss"] < runner.summary.zero_shot["loss"]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -255,22 +258,13 @@ def test_nothing_depends_on_what_the_other_party_left(make_runner, tmp_path, mon
     assert_same(runner.server.emulator_lora, plain.server.emulator_lora)
 
 
-def test_wire_format_changes_nothing_but_the_count(make_runner, tmp_path):
-    on, off = (make_runner(output_dir=str(tmp_path / str(x)), use_wire_format=x) for x in (True, False))
-    on.train()
-    off.train()
-    assert_same(on.server.client_lora, off.server.client_lora)
-    assert rounds_of(off)[0]["bytes_up"] is None
-    assert off.summary["bytes"]["up"] is None
-
-
 def test_all_that_crosses_the_line_is_bytes(make_runner, monkeypatch):
     runner = make_runner()
     seen = []
     for client in runner.clients.values():
 
-        def fit(payload, server_round, fit=client.fit):
-            reply = fit(payload, server_round)
+        def fit(payload, fit=client.fit):
+            reply = fit(payload)
             seen.append((payload, reply))
             return reply
 
@@ -278,7 +272,7 @@ def test_all_that_crosses_the_line_is_bytes(make_runner, monkeypatch):
     runner.train()
     assert len(seen) == 4
     assert all(isinstance(payload, bytes) and isinstance(reply, bytes) for payload, reply in seen)
-    update = ClientUpdate.from_bytes(seen[0][1], server_round=1)
+    update = ClientUpdate.from_bytes(seen[0][1], server_round=1, client_lora=runner.server.client_lora)
     assert set(update.metrics) == {"loss", "proximal_term"}
     assert update.num_examples == 24
 
@@ -302,8 +296,8 @@ def test_clients_are_sampled(make_runner):
     sampled = [tuple(record["client_losses"]) for record in rounds_of(runner)]
     assert all(len(names) == 2 for names in sampled)
     assert len(set(sampled)) > 1
-    for name, client in runner.clients.items():
-        assert client.steps_done == 3 * sum(name in names for names in sampled)
+    steps = {name: 3 * sum(name in names for names in sampled) for name in data}
+    assert runner.server.client_steps == {name: number for name, number in steps.items() if number}
 
 
 def test_train_dataset_is_partitioned(make_runner):
@@ -325,7 +319,7 @@ def test_without_evaluation_and_alignment(make_runner):
         eval_dataset=None, public_dataset=None, initial_alignment_steps=0, alignment_steps=0, proximal_weight=0.0
     )
     summary = runner.train()
-    assert "adap_fu" not in summary
+    assert summary.adap_fu is None
     assert runner.server.trainer is None
     assert rounds_of(runner)[0]["proximal_terms"] == {"north": None, "south": None}
 
@@ -363,7 +357,7 @@ def test_push_to_hub(make_runner, monkeypatch):
             pushed["files"] = sorted(path.name for path in folder_path.iterdir())
             return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr("fedbiot_trainer.run_folder.HfApi", Api)
+    monkeypatch.setattr("fedbiot_trainer.output.hub.HfApi", Api)
     runner = make_runner()
     runner.train()
     with pytest.raises(ValueError, match="`repo_id` is None and `hub_model_id` is not set"):
@@ -381,11 +375,11 @@ def spoil(change):
     """Make client 'south' answer something else from round 2 on."""
 
     def spoiled(client):
-        fit = client.fit
+        fit, like = client.fit, client.trainer.model
 
-        def answer(payload, server_round):
-            reply = fit(payload, server_round)
-            return reply if server_round == 1 else change(ClientUpdate.from_bytes(reply, server_round))
+        def answer(payload):
+            update = ClientUpdate.from_bytes(fit(payload), client_lora=get_lora_state(like, "client"))
+            return update.to_bytes() if update.server_round == 1 else change(update)
 
         client.fit = answer
 
@@ -417,7 +411,7 @@ BAD_UPDATES = {
     "wrong shape": (lambda update: with_state(update, lambda t: t[:-1]), "expected torch.float32"),
     "wrong dtype": (lambda update: with_state(update, lambda t: t.half()), "torch.float16"),
     "not finite": (lambda update: with_state(update, lambda t: t * float("nan")), "not finite"),
-    "loss not finite": (lambda update: with_fields(update, metrics={"loss": float("inf")}), "metric `loss` is inf"),
+    "loss not finite": (lambda update: with_fields(update, metrics={"loss": float("inf")}), "cannot be read"),
     "not a payload": (lambda update: b"hello", "not a FedBiOT payload"),
 }
 
@@ -435,38 +429,39 @@ def test_bad_update_is_refused_and_the_round_goes_on(make_runner, kind):
     assert all(torch.isfinite(tensor).all() for tensor in runner.server.client_lora.values())
 
 
-def test_round_without_a_valid_update_stops_the_run(make_runner):
-    runner = make_runner(num_rounds=5)
+def test_rounds_without_a_valid_update_stop_the_run(make_runner):
+    runner = make_runner(num_rounds=9)
     for client in runner.clients.values():
         spoil(BAD_UPDATES["not finite"][0])(client)
-    with pytest.raises(RuntimeError, match="No client sent a valid update in round 2.*The state after round 1 is in"):
+    with pytest.raises(RuntimeError, match="In 3 rounds in a row, fewer than 1 clients .*'north': .*not finite"):
         runner.train()
     records = rounds_of(runner)
-    assert [len(record["refused"]) for record in records] == [0, 2]
+    assert [len(record["refused"]) for record in records] == [0, 2, 2, 2]
+    assert [record["counted"] for record in records] == [True, False, False, False]
     assert (runner.folder.path / "rounds.png").exists()
     result = PeftModel.from_pretrained(tiny_model(), runner.folder.path / "client_lora")
     saved = runner.server.models.split.to_emulator(get_lora_state(result, "default"))
     assert_same(saved, runner.server.client_lora)
+    assert runner.server.client_steps == {"north": 3, "south": 3}
 
 
 def test_second_update_of_a_client_is_refused(make_runner):
     runner = make_runner()
-    reply = runner.clients["north"].fit(runner.server.start_round(1), 1)
+    runner.server.begin_round()
+    reply = runner.clients["north"].fit(runner.server.start_round(1, ["north"])["north"])
     runner.server.receive(1, "north", reply)
-    with pytest.raises(PayloadError, match="client 'north' has sent an update in this round already"):
+    with pytest.raises(PayloadError, match="Client 'north' has sent an update in this round already"):
         runner.server.receive(1, "north", reply)
 
 
 def test_client_refuses_a_bad_start(make_runner):
     runner = make_runner()
-    client, start = runner.clients["north"], runner.server.start_round(1)
+    client, start = runner.clients["north"], runner.server.start_round(1, ["north"])["north"]
     with pytest.raises(PayloadError, match="truncated or altered"):
-        client.fit(start[:-1], 1)
-    with pytest.raises(PayloadError, match="from round 1, but this is round 2"):
-        client.fit(start, 2)
-    foreign = RoundStart(1, runner.server.client_lora, {"x": torch.ones(1)}).to_bytes()
-    with pytest.raises(PayloadError, match="the emulator LoRA has missing or unknown tensors"):
-        client.fit(foreign, 1)
+        client.fit(start[:-1])
+    foreign = RoundStart(1, LocalWork(1, 0, 0, 1, 0.0, 0), runner.server.client_lora, {"x": torch.ones(1)}).to_bytes()
+    with pytest.raises(PayloadError, match="The emulator LoRA has missing or unknown tensors"):
+        client.fit(foreign)
 
 
 def test_folder_of_another_run_is_refused(make_runner):
@@ -557,9 +552,10 @@ def test_metric_of_the_users(make_runner, tmp_path):
     result = "{'number': len(references), 'all': list(map(len, references)), 'loss': -1.0}"
     summary = make_runner(num_rounds=1, eval_metric=lengths(tmp_path, result), eval_max_new_tokens=2).train()
     for name in ("zero_shot", "adap_emu", "adap_fu"):
-        assert list(summary[name]) == ["loss", "token_accuracy", "number"]
-        assert summary[name]["number"] == 15
-        assert summary[name]["loss"] > 0
+        scores = getattr(summary, name)
+        assert list(scores) == ["loss", "token_accuracy", "number"]
+        assert scores["number"] == 15
+        assert scores["loss"] > 0
 
 
 def test_metric_without_a_number(make_runner, tmp_path):
@@ -575,7 +571,7 @@ def test_generated_code_is_run(make_runner):
     rows = {"prompt": ["x=1"] * 2, "completion": ["2"] * 2, "test_list": [["assert x == 1"], ["assert x", "assert 1"]]}
     settings = {"eval_metric": "pass_at_k", "eval_reference_column": "test_list", "eval_max_new_tokens": 3}
     summary = make_runner(num_rounds=1, eval_dataset=Dataset.from_dict(rows), **settings).train()
-    assert [summary[name]["pass_at_1"] for name in ("zero_shot", "adap_emu", "adap_fu")] == [0, 0, 0]
+    assert [getattr(summary, name)["pass_at_1"] for name in ("zero_shot", "adap_emu", "adap_fu")] == [0, 0, 0]
 
 
 def test_tokenizer_larger_than_the_embedding(make_runner):
@@ -591,7 +587,7 @@ def test_tokenizer_is_loaded_as_the_model_is(make_args, tokenizer, tmp_path, mon
         seen.update(kwargs)
         return tokenizer
 
-    monkeypatch.setattr("fedbiot_trainer.runner.AutoTokenizer.from_pretrained", load)
+    monkeypatch.setattr("fedbiot_trainer.federation.runner.AutoTokenizer.from_pretrained", load)
     args = make_args(model_init_kwargs={"revision": "v2"}, trust_remote_code=True)
     FederatedRunner(str(tmp_path / "base"), args, {"a": sums(0, 2)}, public_dataset=sums(0, 2))
     assert seen == {"revision": "v2", "trust_remote_code": True}
@@ -612,12 +608,7 @@ def test_a_runner_trains_once(make_runner):
 
 def test_settings_that_json_does_not_know(make_runner):
     runner = make_runner(num_rounds=1, model_init_kwargs={"dtype": torch.float32})
-    assert "float32" in runner.train()["settings"]["model_init_kwargs"]["dtype"]
-
-
-def test_resume_is_refused(make_runner):
-    with pytest.raises(ValueError, match="`resume_from_checkpoint` is True, but this version cannot resume"):
-        make_runner().train(resume_from_checkpoint=True)
+    assert "float32" in runner.train().settings["model_init_kwargs"]["dtype"]
 
 
 def test_settings_without_effect_are_named(make_runner, caplog, monkeypatch):
@@ -641,9 +632,9 @@ def test_settings_without_effect_are_named(make_runner, caplog, monkeypatch):
 )
 def test_how_it_is_computed_changes_nothing(make_runner, setting):
     expected = make_runner().train()
-    summary = make_runner(output_dir=f"{expected['settings']['output_dir']}-2", **setting).train()
+    summary = make_runner(output_dir=f"{expected.settings['output_dir']}-2", **setting).train()
     for name in ("adap_emu", "adap_fu"):
-        assert summary[name] == pytest.approx(expected[name], rel=1e-4)
+        assert getattr(summary, name) == pytest.approx(getattr(expected, name), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -654,4 +645,4 @@ def test_clients_pack_their_texts(make_runner, setting):
     assert len(runner.clients["north"].train_dataset) < 24
     assert runner.clients["north"].num_examples == 24  # the weight in the average
     losses = runner.train()
-    assert losses["adap_fu"]["loss"] < losses["zero_shot"]["loss"]
+    assert losses.adap_fu["loss"] < losses.zero_shot["loss"]

@@ -159,7 +159,7 @@ def test_other_content_is_another_store(make_trainer, tmp_path, changes):
 
 
 def test_longer_run_goes_on_with_the_store(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedbiot_trainer.hidden_states.SHARD_BYTES", 4 * 6 * 32 * 5)  # about five texts each
+    monkeypatch.setattr("fedbiot_trainer.server.hidden_states.SHARD_BYTES", 4 * 6 * 32 * 5)  # about five texts each
     settings = {"dataset": sums(20, 90), "alignment_steps": 0}
     make_trainer(initial_alignment_steps=4, **settings).train()
     first = shards(tmp_path)
@@ -202,7 +202,7 @@ def test_cache_is_bounded(make_trainer, tmp_path):
 
 
 def test_online_teacher_under_zero3_is_refused(make_trainer, monkeypatch):
-    monkeypatch.setattr("fedbiot_trainer.alignment.is_zero3", lambda accelerator: True)
+    monkeypatch.setattr("fedbiot_trainer.server.alignment.is_zero3", lambda accelerator: True)
     with pytest.raises(ValueError, match="`teacher` is 'online', but under DeepSpeed ZeRO-3"):
         make_trainer(teacher="online")
 
@@ -259,7 +259,7 @@ def test_store_that_cannot_be_read_after_it_was_written(make_trainer, monkeypatc
 
 @pytest.mark.parametrize("offload", [True, False])
 def test_dropped_layers_stay_off_the_device(make_trainer, monkeypatch, offload):
-    models = make_trainer().split_model
+    models = make_trainer().models
     moved, to = set(), torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: moved.add(self.data_ptr()) or to(self, *args))
     models.move(torch.device("cpu"), offload)

@@ -18,14 +18,14 @@ from fedbiot_trainer import (
     FedBiOTConfig,
     FederatedClient,
     FederatedServer,
-    alignment,
 )
+from fedbiot_trainer.server import alignment
 from fedbiot_trainer.server.capture import run_full_model
 from fedbiot_trainer.shared.lora_layers import folded_loras
 from fedbiot_trainer.shared.lora_state import get_lora_state, lora_factors, set_lora_state, set_trainable_lora
 from fedbiot_trainer.shared.losses import hidden_state_loss
 from fedbiot_trainer.shared.round_trainer import StepSampler
-from fedbiot_trainer.wire.messages import RoundStart
+from fedbiot_trainer.wire.messages import LocalWork, RoundStart
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -93,7 +93,7 @@ def test_dropping_the_last_batch_of_everything():
     ids=["plain", "accumulation", "schedule"],
 )
 def test_one_client_without_proximal_term_is_plain_sft(make_args, make_alignment, tokenizer, tmp_path, settings):
-    models = make_alignment(emulator_drop_ratio=0.0).split_model
+    models = make_alignment(emulator_drop_ratio=0.0).models
     torch.manual_seed(3)
     start = {key: torch.randn_like(t) * 0.1 for key, t in get_lora_state(models.adap_emu, "client").items()}
     shared = {"logging_steps": 1} | settings
@@ -228,10 +228,11 @@ def test_schedule_follows_the_rounds_that_a_client_is_not_in(make_args, package,
     args = make_args(lr_scheduler_type="linear", num_rounds=4, local_steps=2, logging_steps=1, learning_rate=8e-3)
     trainer = ClientSFTTrainer(package, args, sums(0, 8), processing_class=tokenizer)
     client = FederatedClient("a", trainer, sums(0, 8))
-    start = RoundStart(4, get_lora_state(trainer.model, "client"), get_lora_state(trainer.model, "emulator"))
-    client.fit(start, 4)
+    work = LocalWork(local_steps=2, first_step=0, schedule_step=6, schedule_length=8, proximal_weight=0.0, seed=0)
+    loras = get_lora_state(trainer.model, "client"), get_lora_state(trainer.model, "emulator")
+    client.fit(RoundStart(4, work, *loras).to_bytes())
     assert logged(trainer, "learning_rate") == pytest.approx([2e-3, 1e-3])
-    assert client.steps_done == 2
+    assert trainer.steps_done == 2
 
 
 def test_mixed_precision_does_not_pile_up(make_args, package, tokenizer):
@@ -363,7 +364,7 @@ def test_alignment_alone_from_a_model_by_name(make_args, model, tokenizer, tmp_p
 
 
 def test_alignment_alone_counts_its_own_steps(make_args, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedbiot_trainer.hidden_states.SHARD_BYTES", 1)  # a file for each text
+    monkeypatch.setattr("fedbiot_trainer.server.hidden_states.SHARD_BYTES", 1)  # a file for each text
     args = make_args(num_rounds=100, alignment_lr_scheduler_type="linear", logging_steps=1, save_steps=1)
     trainer = EmulatorAlignmentTrainer(tiny_model(), args, sums(0, 50), processing_class=tokenizer)
     progress = []
@@ -381,7 +382,7 @@ def test_code_from_the_hub_needs_a_yes(make_args, tokenizer, monkeypatch, tmp_pa
         loaded.append(kwargs)
         raise OSError("enough")
 
-    monkeypatch.setattr("fedbiot_trainer.package.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("fedbiot_trainer.wire.package.AutoModelForCausalLM.from_pretrained", load)
     (tmp_path / "fedbiot.json").write_text('{"schema_version": 1}')
     for trainer, model in ((EmulatorAlignmentTrainer, "owner/model"), (ClientSFTTrainer, str(tmp_path))):
         with pytest.raises(OSError, match="enough"):
@@ -436,7 +437,7 @@ def test_streams_are_refused(package, make_args, tokenizer):
 
 
 def test_loras_of_a_split_model_are_settled(make_alignment, make_args, tokenizer):
-    models = make_alignment().split_model
+    models = make_alignment().models
     with pytest.raises(ValueError, match="`peft_config` was passed with a `SplitModel`, which has its LoRAs"):
         EmulatorAlignmentTrainer(models, make_args(), sums(0, 8), peft_config=LORA, processing_class=tokenizer)
 
@@ -472,7 +473,7 @@ def kept_for_backward(trainer):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    set_trainable_lora(trainer.model, trainer.adapter)
+    set_trainable_lora(trainer.model, trainer.lora_name)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -488,7 +489,7 @@ def test_client_keeps_no_activations_of_the_emulator(make_args, tokenizer):
         args = make_args(
             emulator_drop_ratio=drop_ratio, initial_alignment_steps=0, alignment_steps=0, proximal_weight=0.0
         )
-        models = FederatedServer(tiny_model(num_hidden_layers=num_layers), args, None, tokenizer, LORA).split_model
+        models = FederatedServer(tiny_model(num_hidden_layers=num_layers), args, None, tokenizer, LORA).models
         trainer = ClientSFTTrainer(models.adap_emu, args, sums(0, 8), processing_class=tokenizer)
         kept[len(models.split.full_indices)] = kept_for_backward(trainer)
     assert set(kept) == {4, 7, 12}

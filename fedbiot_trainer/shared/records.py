@@ -144,12 +144,14 @@ class RunSummary:
 
     def write(self, file: Path):
         """Write it as JSON."""
-        file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        content = {**asdict(self), "parameters": {**asdict(self.parameters), "client_share": self.parameters.client_share}}
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def read(cls, file: Path) -> "RunSummary":
         """Read what [`write`] wrote."""
         content = json.loads(file.read_text())
         content["split"] = SplitRecord(**content["split"])
+        content["parameters"].pop("client_share")
         content["parameters"] = ParameterCounts(**content["parameters"])
         return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
