@@ -4,7 +4,7 @@ The paper's comparison on one task: methods x drop ratios (beta) x seeds, as a t
     python recipes/compare.py --task demo --output_dir outputs/compare-demo
 
 Each cell is one run of fedbiot_sft.py in a process of its own, with a folder of its own in `output_dir`. A comparison
-that was interrupted goes on where it was when the same command is given again. All other flags go to fedbiot_sft.py:
+that was interrupted goes on where it was, within a cell too, when the same command is given again. All other flags go to fedbiot_sft.py:
 
     python recipes/compare.py --config recipes/gsm8k/llama2_7b.yaml --output_dir out --num_rounds 100 \
         --launcher "accelerate launch --config_file accelerate_configs/multi_gpu.yaml"
@@ -54,6 +54,8 @@ OWN = {
     "--emulator_drop_ratio": "Choose with `--betas`.",
     "--seed": "Choose with `--seeds`.",
     "--eval_drift": "Choose with `--drift` or `--no-drift`.",
+    "--resume_from_checkpoint": "Cells that were interrupted go on by themselves.",
+    "--overwrite_output_dir": "Delete a cell's folder to have it made again.",
     "--plan_only": "Each has to run: plan with recipes/fedbiot_sft.py.",
 }
 DRIFT = ("fedbiot", "fedbiot_align_once")  # what per-round alignment does to the emulator is measured in these
@@ -91,7 +93,10 @@ def command(cell: Cell, args: argparse.Namespace, flags: list[str]) -> list[str]
     if cell.method in DRIFT and args.drift:
         settings["eval_drift"] = True
     pairs = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
-    recipe = [str(RECIPES / "fedbiot_sft.py"), "--config", str(args.config), "--overwrite_output_dir", "true"]
+    # A cell that was interrupted goes on from its state; what has none begins anew.
+    begun = any((args.output_dir / str(cell)).glob("**/state/*.safetensors"))
+    how = "--resume_from_checkpoint" if begun else "--overwrite_output_dir"
+    recipe = [str(RECIPES / "fedbiot_sft.py"), "--config", str(args.config), how, "true"]
     return [*shlex.split(args.launcher), *recipe, *pairs, *flags]
 
 

@@ -50,10 +50,15 @@ def run_compare(compare, tmp_path):
         "adap_emu": scores,
         "adap_fu": scores,
         "rounds": 0,
-        "bytes": {"down": None, "up": None},
-        "parameters": {"trainable_client": 10, "client_share": 0.5},
+        "bytes": {"once_per_client": 0, "down": 0, "up": 0},
+        "parameters": {"full": 100, "adap_emu": 50, "adapter_layers": 20, "trainable_client": 10, "trainable_server": 9,
+                       "client_share": 0.5},
         "seconds": {"total": 3.0},
-    }
+        "split": {"num_layers": 8, "kept": [0], "dropped": [1], "adapter_layers": [7]},
+        **{name: {} for name in ("processes", "num_examples", "tokens_per_example", "initial_alignment", "settings",
+                                 "peft_config", "versions")},
+        "num_public_examples": 0,
+    }  # fmt: skip
     (tmp_path / "out" / "template.json").write_text(json.dumps(summary))
     # `--config` and the recipe's path come first on a cell's command line.
     (tmp_path / "launcher.py").write_text("import sys\nsys.argv.pop(1)\n" + RUN)
@@ -80,6 +85,17 @@ def test_cells_and_resume(run_compare, tmp_path):
     calls, results = run_compare(*SMALL, "--seeds", "0", "1", "2", "--methods", "fedot")
     assert calls == ["fedot-beta0.2-seed2", "fedot-beta0.5-seed2"]
     assert len(results) == 6
+
+
+def test_an_interrupted_cell_goes_on(compare, tmp_path):
+    args, flags = compare["parse_args"](["--task", "demo", "--output_dir", str(tmp_path), "--local_steps", "3"])
+    cell = compare["Cell"]("fedbiot", 0.5, 0)
+    assert "--overwrite_output_dir" in compare["command"](cell, args, flags)
+    state = tmp_path / str(cell) / "state" / "round-000001-0000.safetensors"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    command = compare["command"](cell, args, flags)
+    assert "--resume_from_checkpoint" in command and "--overwrite_output_dir" not in command
 
 
 def test_a_cell_that_fails_stops_no_other(run_compare, tmp_path):
@@ -130,7 +146,7 @@ def test_what_cannot_work(run_compare, capsys):
 def test_runs_without_held_out_text(run_compare, tmp_path):
     template = tmp_path / "out" / "template.json"
     summary = json.loads(template.read_text())
-    template.write_text(json.dumps({key: summary[key] for key in ("rounds", "bytes", "parameters", "seconds")}))
+    template.write_text(json.dumps(summary | dict.fromkeys(("zero_shot", "adap_emu", "adap_fu"))))
     with pytest.raises(SystemExit, match="fedbiot-beta0.5-seed0 has evaluated nothing: give the runs held-out text"):
         run_compare("--methods", "fedbiot", "--betas", "0.5", "--seeds", "0")
 
@@ -194,13 +210,13 @@ def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     )
     args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums", drift=True)
     result = compare["read_cell"](cell, args)
-    assert result["adap_fu"] == summary["adap_fu"]
+    assert result["adap_fu"] == summary.adap_fu
     assert (result["adap_emu"] is None) == (method == "full_lora")
     assert result["client_flops"] > 0 and (result["server_flops"] > 0) == (method != "full_lora")
     assert [record["server_round"] for record in result["drift"]] == ([1, 2] if method == "fedbiot" else [])
     # Of 2 rounds; the answer of one client is about as large as what is sent of its LoRA.
     rounds = 2 * (1 if method == "local_only" else 2)
-    expected = (summary["bytes"]["down"] + summary["bytes"]["up"]) / rounds
+    expected = (summary.bytes["down"] + summary.bytes["up"]) / rounds
     assert result["bytes_per_client_round"] == pytest.approx(expected)
 
 

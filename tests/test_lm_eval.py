@@ -12,6 +12,7 @@ from conftest import sums, tiny_model
 from datasets import Dataset
 from test_merge import save_result, trained
 
+from fedbiot_trainer.cli import train
 from fedbiot_trainer.cli.merge import merge
 from fedbiot_trainer.evaluation.passes import complete
 
@@ -149,9 +150,8 @@ def test_tasks_of_the_demo_run(evaluated):
 
 
 def test_text_is_what_the_demo_is_evaluated_on(make_args):
-    recipe = runpy.run_path(str(DEMO.parent / "fedbiot_sft.py"))
-    arguments = recipe["FederatedScriptArguments"](task="demo")
+    arguments = train.FederatedScriptArguments(task="demo")
     held_out = runpy.run_path(str(DEMO / "lm_eval" / "held_out.py"))["held_out"]
     for seed in (0, 1):
-        expected = recipe["load_datasets"](arguments, make_args(seed=seed))["eval_dataset"]
+        expected = train.load_datasets(arguments, make_args(seed=seed))["eval_dataset"]
         assert held_out(seed=seed)["test"].to_list() == expected.to_list()

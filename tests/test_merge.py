@@ -4,7 +4,6 @@ from conftest import tiny_model
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedbiot_trainer import EmulatorPackage
 from fedbiot_trainer.cli.merge import main, merge
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora
@@ -19,7 +18,7 @@ def trained(model, num_adapter_layers=2):
             torch.nn.init.normal_(parameter, std=0.3)
     states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
     models.plug_in(states[0])
-    return models, EmulatorPackage.of(models, *states)
+    return models, models.package(*states)
 
 
 def save_result(models, package, folder, base_model):
@@ -100,7 +99,7 @@ def test_output_that_holds_something_is_refused(tmp_path):
 def test_folder_that_is_no_result_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="which is neither an emulator package .* nor a client LoRA"):
         merge(tmp_path, tmp_path / "out", base_model="m")
-    with pytest.raises(SystemExit, match="fedbiot_trainer.merge: error: `folder` is .*, which is neither"):
+    with pytest.raises(SystemExit, match="fedbiot merge: error: `folder` is .*, which is neither"):
         main([str(tmp_path), str(tmp_path / "out")])
 
 

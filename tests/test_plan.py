@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 from functools import cache
@@ -19,7 +20,6 @@ from fedbiot_trainer import (
     ClientSFTTrainer,
     ClientUpdate,
     EmulatorAlignmentTrainer,
-    EmulatorPackage,
     FedBiOTConfig,
     RoundStart,
 )
@@ -27,6 +27,7 @@ from fedbiot_trainer.cli.plan import main, plan_tables
 from fedbiot_trainer.federation.costs import plan
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state
+from fedbiot_trainer.wire.messages import LocalWork
 
 
 MODELS = {
@@ -132,7 +133,8 @@ def small(**changes):
 def test_parameters(args, name):
     case = planned(name)
     models = SplitModel.from_config(case.build(), args(), lora())
-    assert case.parameters == models.count_parameters()
+    counts = models.count_parameters()
+    assert case.parameters == dataclasses.asdict(counts) | {"client_share": counts.client_share}
     held = sum(parameter.numel() for parameter in models.adap_emu.parameters())
     assert case.clients["fedbiot"]["parameters"] == held
     assert case.clients["fedbiot"]["trainable_parameters"] == case.parameters["trainable_client"]
@@ -216,11 +218,12 @@ def test_bytes(args, tmp_path, tied, dtype):
 
     models = SplitModel.from_config(model, settings, lora())
     states = [get_lora_state(models.adap_emu, adapter) for adapter in ("client", "emulator")]
-    down, up = RoundStart(1, *states).to_bytes(), ClientUpdate(1, "", 7, {}, states[0]).to_bytes()
+    work = LocalWork(3, 0, 0, 9, 0.001, 1)
+    down, up = RoundStart(1, work, *states).to_bytes(), ClientUpdate(1, "", 7, {}, states[0]).to_bytes()
     assert (client["bytes_per_round_down"], client["bytes_per_round_up"]) == (len(down), len(up))
     assert (server["bytes_per_round_down"], server["bytes_per_round_up"]) == (3 * len(down), 3 * len(up))
 
-    EmulatorPackage.of(models, *states).save(tmp_path / "package")
+    models.package(*states).save(tmp_path / "package")
     files = list((tmp_path / "package").rglob("*.safetensors"))
     assert len(files) == 3
     assert client["bytes_once"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.02)

@@ -83,7 +83,7 @@ def gradients(model, batch):
 
 def saved(models, path):
     states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
-    EmulatorPackage.of(models, *states).save(path)
+    models.package(*states).save(path)
     return path
 
 
@@ -92,7 +92,7 @@ def test_emulator_shares_quantized_weights(load, quantization, batch):
     models = SplitModel(model, 2, 0.5, LORA)
     full = {id(parameter) for parameter in model.parameters()}
     assert all(id(p) in full for name, p in models.adap_emu.named_parameters() if "lora_" not in name)
-    assert models.count_parameters()["full"] == sum(p.numel() for p in tiny_model(**SIZES).parameters())
+    assert models.count_parameters().full == sum(p.numel() for p in tiny_model(**SIZES).parameters())
 
     whole = SplitModel(model, 2, 0.0, LORA)
     randomize(whole.adap_emu, "client")

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer import METHODS, FedBiOTConfig
-from fedbiot_trainer.cli import train
+from fedbiot_trainer.cli import train as cli
 from fedbiot_trainer.cli.plan import plan_tables
 from fedbiot_trainer.data import sources
 
@@ -68,7 +68,7 @@ TEMPLATES = [
 @pytest.mark.parametrize("path", YAMLS, ids=YAML_NAMES)
 def test_yaml_is_understood(path, tmp_path):
     flags = ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
-    script_args, training_args, model_args = train.make_parser().parse_args_and_config(["--config", str(path), *flags])
+    script_args, training_args, model_args = cli.make_parser().parse_args_and_config(["--config", str(path), *flags])
     assert isinstance(training_args, FedBiOTConfig)
     assert model_args.lora_r > 0
     assert training_args.without_effect() == []
@@ -131,7 +131,7 @@ def test_yaml_runs(path, tmp_path, tokenizer, monkeypatch):
         tiny_model(architecture, **ARCHITECTURES[architecture]).save_pretrained("base")
         tokenizer.save_pretrained("base")
         flags += ["--model_name_or_path", "base"]
-    script_args, training_args, model_args = train.make_parser().parse_args_and_config(list(map(str, flags)))
+    script_args, training_args, model_args = cli.make_parser().parse_args_and_config(list(map(str, flags)))
     clients = CLIENTS.get(path.parent.name, ["clinic", "library", "shop"])
     if script_args.client_datasets is not None:
         clients = [item.partition("=")[0] for item in script_args.client_datasets]
@@ -139,7 +139,7 @@ def test_yaml_runs(path, tmp_path, tokenizer, monkeypatch):
         for file in (*files, script_args.eval_dataset_name, script_args.public_dataset_name):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             sums(0, 4).to_json(file)
-    train.train(script_args, training_args, model_args)
+    cli.train(script_args, training_args, model_args)
 
     summary = json.loads(Path("out/summary.json").read_text())
     assert sorted(summary["num_examples"]) == sorted(clients)
@@ -152,7 +152,7 @@ def test_yaml_runs(path, tmp_path, tokenizer, monkeypatch):
 
 def test_llama2_yaml_holds_the_papers_setting():
     flags = ["--config", str(ROOT / "recipes/gsm8k/llama2_7b.yaml"), "--bf16", "false"]
-    script_args, args, model_args = train.make_parser().parse_args_and_config(flags)
+    script_args, args, model_args = cli.make_parser().parse_args_and_config(flags)
     assert (args.num_clients, args.partition, args.local_steps, args.num_adapter_layers) == (3, "iid", 30, 2)
     assert (args.emulator_drop_ratio, args.initial_alignment_steps, args.alignment_steps) == (0.2, 500, 10)
     assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
@@ -166,7 +166,7 @@ def test_both_models_have_the_same_setting(folder, tmp_path):
     flags = ["--bf16", "false", "--output_dir", str(tmp_path), "--teacher_cache_max_gb", "1"]
     flags += ["--per_device_eval_batch_size", "1"]
     llama, qwen = (
-        train.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes" / folder / file), *flags])
+        cli.make_parser().parse_args_and_config(["--config", str(ROOT / "recipes" / folder / file), *flags])
         for file in ("llama2_7b.yaml", "qwen3_1_7b.yaml")
     )
     assert llama[0] == qwen[0]
@@ -185,7 +185,7 @@ def test_demo_stands_in_where_nothing_is_named(recipe):
 
 def test_help(capsys):
     with pytest.raises(SystemExit):
-        train.make_parser().parse_args_and_config(["--help"])
+        cli.make_parser().parse_args_and_config(["--help"])
     text = capsys.readouterr().out
     assert "--emulator_drop_ratio" in text
     assert "--public_dataset_name" in text
@@ -237,8 +237,8 @@ def test_plan_of_a_recipe(files, tmp_path, monkeypatch, method):
         "--output_dir", tmp_path / "out", "--max_length", 16, *TEMPLATES, *SMALL,
     ]  # fmt: skip
     planned = []
-    monkeypatch.setattr(train, "plan_tables", lambda costs: planned.append(costs) or plan_tables(costs))
-    train.train(*train.make_parser().parse_args_and_config([*map(str, flags), "--plan_only", "true"]))
+    monkeypatch.setattr(cli, "plan_tables", lambda costs: planned.append(costs) or plan_tables(costs))
+    cli.train(*cli.make_parser().parse_args_and_config([*map(str, flags), "--plan_only", "true"]))
     assert not (tmp_path / "out").exists()
     settings = planned[0]["settings"]
     pooled, federated = method == "offsite_tuning", METHODS[method].clients == "federated"
@@ -269,7 +269,7 @@ def test_what_cannot_be_planned(files, tmp_path, flags, message):
         *SMALL, *flags,
     ]  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        train.train(*train.make_parser().parse_args_and_config(list(map(str, flags))))
+        cli.train(*cli.make_parser().parse_args_and_config(list(map(str, flags))))
 
 
 def test_held_out_share_of_one_file(tmp_path):
@@ -284,7 +284,7 @@ def test_held_out_share_of_one_file(tmp_path):
     def load(seed, *more):
         flags = ["--model_name_or_path", "m", "--dataset_name", tmp_path / "list.json", "--use_cpu", "true", *more]
         flags += ["--output_dir", tmp_path, "--eval_fraction", 0.1, "--seed", seed]
-        return train.load_datasets(*train.make_parser().parse_args_and_config(list(map(str, flags)))[:2])
+        return cli.load_datasets(*cli.make_parser().parse_args_and_config(list(map(str, flags)))[:2])
 
     by_column = ["--partition", "by-column", "--partition_column", "kind", "--partition_values", "b", "a"]
     loaded = load(0, *by_column)
@@ -332,7 +332,7 @@ def test_data_that_cannot_be_split_so(tmp_path, flags, message):
     argv = ["--model_name_or_path", "m", "--dataset_name", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path)]
     argv += ["--use_cpu", "true", "--partition", "by-column", "--partition_column", "kind", *flags]
     with pytest.raises(ValueError, match=message):
-        train.train(*train.make_parser().parse_args_and_config(argv))
+        cli.train(*cli.make_parser().parse_args_and_config(argv))
 
 
 @pytest.mark.parametrize(
@@ -371,4 +371,4 @@ def test_data_that_cannot_be_split_so(tmp_path, flags, message):
 def test_wrong_arguments(recipe, tmp_path, arguments, message):
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", *arguments]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train.train(*train.make_parser().parse_args_and_config(recipe.with_default_config(flags)))
+        cli.train(*cli.make_parser().parse_args_and_config(recipe.with_default_config(flags)))

@@ -126,6 +126,7 @@ class RoundLoop:
                 self._start()
             else:
                 self._restore(state)
+                self._prepare_teacher()
             while self.server_round < self.schedule.num_rounds and not any(o.stops_run for o in self.observers):
                 self._round()
         except RunInterrupted:
@@ -138,9 +139,7 @@ class RoundLoop:
         if self.evaluator is not None:
             self._tell("on_phase", 0, "evaluating the full model")
             self.evaluator.zero_shot()
-        if self.server.trainer is not None:
-            self._tell("on_phase", 0, "hidden states of the public text")
-            self.server.trainer.prepare_teacher(self._progress)
+        self._prepare_teacher()
         self._tell("on_phase", 0, "initial alignment")
         seconds: dict[str, float] = {}
         with timed(seconds, "seconds"):
@@ -148,6 +147,11 @@ class RoundLoop:
         self.initial_alignment = metrics | seconds
         self._tell("on_initial_alignment", self.initial_alignment)
         self._tell("on_state", self._state())
+
+    def _prepare_teacher(self):
+        if self.server.trainer is not None:
+            self._tell("on_phase", self.server_round, "hidden states of the public text")
+            self.server.trainer.prepare_teacher(self._progress)
 
     def _round(self):
         server_round = self.server_round + 1

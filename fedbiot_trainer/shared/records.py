@@ -144,7 +144,10 @@ class RunSummary:
 
     def write(self, file: Path):
         """Write it as JSON."""
-        content = {**asdict(self), "parameters": {**asdict(self.parameters), "client_share": self.parameters.client_share}}
+        content = {
+            **asdict(self),
+            "parameters": {**asdict(self.parameters), "client_share": self.parameters.client_share},
+        }
         file.write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod

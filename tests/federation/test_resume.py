@@ -1,0 +1,290 @@
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sums
+from transformers import TrainerCallback
+
+from fedbiot_trainer.federation.interruption import RunInterrupted
+from fedbiot_trainer.federation.state import FederationState
+from fedbiot_trainer.output.run_folder import RunFolder
+
+
+HERE = Path(__file__).parent
+SETTINGS = {"num_rounds": 3, "lr_scheduler_type": "linear", "alignment_lr_scheduler_type": "linear"}
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run as a crash would, in the middle of a round's files."""
+
+    def __init__(self, server_round):
+        self.server_round = server_round
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.server_round:
+            raise ConnectionError("the power is gone")
+
+
+def numbers_of(runner):
+    records = [json.loads(line) for line in runner.folder.rounds.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def assert_same_run(one, other):
+    for name in ("client_lora", "emulator_lora"):
+        a, b = getattr(one.server, name), getattr(other.server, name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert numbers_of(one) == numbers_of(other)
+    for name in ("zero_shot", "adap_emu", "adap_fu", "rounds", "bytes", "initial_alignment"):
+        values = (getattr(runner.summary, name) for runner in (one, other))
+        a, b = ({k: v for k, v in x.items() if k != "seconds"} if isinstance(x, dict) else x for x in values)
+        assert a == b, name
+
+
+@pytest.fixture
+def whole(make_runner, tmp_path):
+    runner = make_runner(output_dir=str(tmp_path / "whole"), **SETTINGS)
+    runner.train()
+    return runner
+
+
+def crash(make_runner, server_round, **changes):
+    with pytest.raises(ConnectionError):
+        make_runner(callbacks=[StopAfter(server_round)], **{**SETTINGS, **changes}).train()
+
+
+def resumed(make_runner, checkpoint=True, **changes):
+    runner = make_runner(**{**SETTINGS, **changes, "resume_from_checkpoint": checkpoint})
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize("server_round", [1, 2, 3])
+def test_a_resumed_run_ends_with_the_same_bits(make_runner, whole, server_round):
+    crash(make_runner, server_round)
+    assert_same_run(resumed(make_runner), whole)
+
+
+def test_a_finished_run_can_be_resumed(make_runner, whole, tmp_path):
+    again = resumed(make_runner, output_dir=str(tmp_path / "whole"))
+    assert_same_run(again, whole)
+
+
+def test_a_round_goes_on_after_its_first_client(make_runner, whole, monkeypatch):
+    """With a state after each client, those that answered are not asked again."""
+    runner = make_runner(save_after_clients=True, **SETTINGS)
+    fit = runner.clients["south"].fit
+
+    def fail_in_round_2(start):
+        if runner.trackers.state.global_step == 1:
+            raise KeyboardInterrupt
+        return fit(start)
+
+    monkeypatch.setattr(runner.clients["south"], "fit", fail_in_round_2)
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    again = make_runner(save_after_clients=True, resume_from_checkpoint=True, **SETTINGS)
+    rounds = []
+    fit_north = again.clients["north"].fit
+    monkeypatch.setattr(again.clients["north"], "fit", lambda start: rounds.append(1) or fit_north(start))
+    again.train()
+    assert len(rounds) == 1  # round 3
+    assert_same_run(again, whole)
+
+
+def test_signal_in_a_client_ends_the_step_and_keeps_the_answers(make_runner, whole, monkeypatch):
+    runner = make_runner(**SETTINGS)
+    fit = runner.clients["south"].fit
+
+    def told_to_stop(start):
+        if runner.trackers.state.global_step == 1:
+            os.kill(os.getpid(), 15)
+        return fit(start)
+
+    monkeypatch.setattr(runner.clients["south"], "fit", told_to_stop)
+    with pytest.raises(RunInterrupted, match="stopped by SIGTERM") as raised:
+        runner.train()
+    assert raised.value.signal == 15
+    state = FederationState.load_newest(runner.folder.state)
+    assert state.server_round == 1 and list(state.open_round.client_losses) == ["north"]
+    assert_same_run(resumed(make_runner), whole)
+
+
+def test_signal_while_evaluating(make_runner, whole, monkeypatch):
+    """The round is averaged by then, and must not be averaged again."""
+    runner = make_runner(**SETTINGS)
+    adapted = runner.evaluator.adapted
+
+    def told_to_stop(*args):
+        if runner.trackers.state.global_step == 1:
+            os.kill(os.getpid(), 2)
+        return adapted(*args)
+
+    monkeypatch.setattr(runner.evaluator, "adapted", told_to_stop)
+    with pytest.raises(RunInterrupted, match="stopped by SIGINT"):
+        runner.train()
+    state = FederationState.load_newest(runner.folder.state)
+    assert state.open_round.server_round == 2 and state.open_round.counted
+    assert_same_run(resumed(make_runner), whole)
+
+
+def test_more_rounds(make_runner, tmp_path):
+    """With constant schedules, a finished run goes on as if it had been longer from the start."""
+    long = make_runner(output_dir=str(tmp_path / "long"), num_rounds=4)
+    long.train()
+    make_runner(num_rounds=2).train()
+    more = make_runner(num_rounds=4, resume_from_checkpoint=True, report_to="none", logging_steps=3)
+    more.train()
+    for key, tensor in long.server.client_lora.items():
+        assert torch.equal(more.server.client_lora[key], tensor)
+    losses = [[record["adap_fu_loss"] for record in numbers_of(runner)] for runner in (more, long)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_damaged_state_is_noticed(make_runner, whole, caplog, monkeypatch):
+    crash(make_runner, 2)
+    newest = sorted((Path(whole.folder.path).parent / "run" / "state").glob("round-*"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 255
+    newest.write_bytes(content)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    again = resumed(make_runner, log_level="warning")
+    assert "is damaged: its digest does not match its content. The one before it is used." in caplog.text
+    assert_same_run(again, whole)
+
+
+def test_a_record_is_never_there_without_its_state(make_runner, whole, monkeypatch):
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "round-000002-0000.part":
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    runner = make_runner(**SETTINGS)
+    with pytest.raises(OSError, match="no space left"):
+        runner.train()
+    assert [record["server_round"] for record in numbers_of(runner)] == [1]
+    monkeypatch.undo()
+    assert_same_run(resumed(make_runner), whole)
+
+
+def test_the_newest_states_are_kept(make_runner):
+    runner = make_runner(num_rounds=5, save_total_limit=3)
+    runner.train()
+    assert [file.name for file in sorted(runner.folder.state.iterdir())] == [
+        f"round-{i:06}-0000.safetensors" for i in (3, 4, 5)
+    ]
+
+
+def test_clients_join_and_leave(make_runner):
+    crash(make_runner, 2, client_datasets={"north": sums(0, 8), "south": sums(8, 12)})
+    again = resumed(make_runner, client_datasets={"north": sums(0, 8), "west": sums(12, 14)})
+    records = numbers_of(again)
+    assert [list(record["weights"]) for record in records] == [["north", "south"]] * 2 + [["north", "west"]]
+    assert records[2]["weights"] == {"north": 24 / 30, "west": 6 / 30}
+    assert again.server.client_steps == {"north": 9, "south": 6, "west": 3}
+
+
+def test_a_path_of_another_folder(make_runner, whole, tmp_path):
+    crash(make_runner, 2)
+    for checkpoint in ("run", "run/state", "run/state/round-000002-0000.safetensors"):
+        again = resumed(make_runner, str(tmp_path / checkpoint), output_dir=str(tmp_path / "on"))
+        for key, tensor in whole.server.client_lora.items():
+            assert torch.equal(again.server.client_lora[key], tensor), (checkpoint, key)
+        shutil.rmtree(again.folder.path)
+
+
+def test_a_run_without_a_state_yet_starts(make_runner, whole, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    runner = resumed(make_runner, log_level="warning")
+    assert "the run starts from the beginning" in caplog.text
+    assert_same_run(runner, whole)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"learning_rate": 2e-2}, r"would make it another run:\n  learning_rate: 0.01 then, 0.02 now"),
+        ({"emulator_drop_ratio": 0.2}, "emulator_drop_ratio: 0.5 then, 0.2 now"),
+        ({"public_dataset": sums(60, 70)}, "public_text: "),
+        ({"num_rounds": 6}, "num_rounds: 3 then, 6 now.*More rounds need constant"),
+        ({"num_rounds": 1}, "`num_rounds` is 1, but the state is after round 2"),
+        ({"per_device_train_batch_size": 2}, "train_batch: 4 then, 2 now"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_run_is_refused(make_runner, changes, message):
+    crash(make_runner, 2)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        resumed(make_runner, **changes)
+
+
+def test_same_batches_cut_otherwise_are_the_same_run(make_runner):
+    crash(make_runner, 2)
+    again = resumed(make_runner, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert again.summary.rounds == 3
+
+
+def test_nothing_to_resume_from(make_runner, tmp_path):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is '.*nowhere', but there is no state of a run"):
+        resumed(make_runner, str(tmp_path / "nowhere"))
+    runner = make_runner(**SETTINGS, output_dir=str(tmp_path / "old"))
+    runner.train()
+    shutil.rmtree(runner.folder.state)
+    with pytest.raises(ValueError, match="holds the results of a run without its state"):
+        resumed(make_runner, output_dir=str(tmp_path / "old"))
+
+
+def test_every_state_is_damaged(make_runner, tmp_path):
+    crash(make_runner, 2)
+    for file in (tmp_path / "run" / "state").iterdir():
+        file.write_bytes(b"x")
+    with pytest.raises(ValueError, match="every state in '.*' is damaged"):
+        resumed(make_runner)
+
+
+def test_two_runs_on_one_folder(make_runner, tmp_path):
+    other = RunFolder(make_runner().args, None)
+    other.claim()
+    with pytest.raises(ValueError, match="in which another run is going on"):
+        make_runner().train()
+    other.release()
+    make_runner(num_rounds=1).train()
+
+
+def test_what_came_meanwhile_is_not_deleted(make_runner, tmp_path):
+    late = make_runner()
+    make_runner(num_rounds=1).train()
+    with pytest.raises(ValueError, match="holds another run"):
+        late.train()
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--kills", "4"], id="one process"),
+        pytest.param(["--kills", "10", "--seed", "1"], marks=pytest.mark.slow, id="one process, ten times"),
+        pytest.param(["--kills", "10", "--save_after_clients"], marks=pytest.mark.slow, id="after each client"),
+        pytest.param(["--kills", "10", "--processes", "2"], marks=pytest.mark.slow, id="two processes"),
+    ],
+)
+def test_killed_at_any_moment(tmp_path, flags):
+    """SIGKILL in the hidden states, the alignment, a client, while saving, while evaluating."""
+    result = subprocess.run(
+        [sys.executable, HERE / "kill_run.py", "--folder", tmp_path, *flags],
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert len(found["killed"]) == int(flags[1]), found
+    assert found["loras"] and found["records"] and found["scores"], found
