@@ -51,7 +51,7 @@ def plain(value):
 
 @st.composite
 def damages(draw, data: bytes) -> bytes:
-    """What may become of a file: bits flipped, blocks zeroed, overwritten, cut out or doubled, the end lost or added to."""
+    """What may become of a file: bits flipped, blocks zeroed, overwritten, cut out or doubled, its end lost."""
     end = 8 + int.from_bytes(data[:8], "little")
     data = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):

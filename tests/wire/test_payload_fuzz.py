@@ -333,6 +333,7 @@ with_length = lambda content: len(content).to_bytes(8, "little") + content
 sealed = lambda rest: MAGIC + hashlib.sha256(rest).digest() + rest
 manifest = with_length(json.dumps(update._manifest()).encode())
 entry = {"dtype": "F32", "shape": [256, 256], "data_offsets": [0, 2**18]}
+described = lambda changes: json.dumps({f"client_lora/{name}": entry | changes for name in state}).encode()
 bombs = {
     "too large": good + bytes(4 * MB),
     "manifest of lists": sealed(with_length(b"[[]" + b",[]" * (MB // 3) + b"]")),
@@ -342,8 +343,8 @@ bombs = {
     "deep header": sealed(manifest + with_length(b"[" * (6 * MB))),
     "long header": sealed(manifest + (2**40).to_bytes(8, "little") + bytes(6 * MB)),
     "long manifest": sealed((2**40).to_bytes(8, "little") + bytes(6 * MB)),
-    "all overlap": sealed(manifest + with_length(json.dumps({f"client_lora/{n}": entry for n in state}).encode()) + bytes(2**18)),
-    "huge shapes": sealed(manifest + with_length(json.dumps({f"client_lora/{n}": entry | {"shape": [2**31, 2**30]} for n in state}).encode()) + bytes(2**18)),
+    "all overlap": sealed(manifest + with_length(described({})) + bytes(2**18)),
+    "huge shapes": sealed(manifest + with_length(described({"shape": [2**31, 2**30]})) + bytes(2**18)),
 }
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 # The payloads are here already: beside them, an honest one needs its bytes once more and its tensors.
