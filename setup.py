@@ -9,7 +9,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedbiot_trainer" / "__init
 QUALITY = ["ruff>=0.14"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]
 QUANTIZATION = ["bitsandbytes>=0.48", "torchao>=0.18"]
-TEST = ["pytest>=8.0", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
 
 setup(
     name="fedbiot-trainer",

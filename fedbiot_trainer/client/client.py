@@ -3,7 +3,7 @@
 from datasets import Dataset
 
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, set_lora_state
-from ..wire.messages import ClientUpdate, RoundStart
+from ..wire.messages import ClientUpdate, RoundStart, check_client_name
 from .trainer import ClientSFTTrainer
 
 
@@ -13,16 +13,17 @@ class FederatedClient:
     keeps nothing between rounds: what it needs of earlier ones is in the payload.
 
     Args:
-        name (`str`): Name of the client, unique in the federation.
+        name (`str`): Name of the client, unique in the federation. Printable, and no path: it may become a folder's.
         trainer ([`ClientSFTTrainer`]): Does the local steps. Simulated clients share one; nothing of a client stays
             in it between two calls of [`fit`].
         train_dataset ([`~datasets.Dataset`]): The client's private text.
 
     Raises:
-        ValueError: If the dataset is empty or holds nothing to train on.
+        ValueError: If the name cannot be used, or the dataset is empty or holds nothing to train on.
     """
 
     def __init__(self, name: str, trainer: ClientSFTTrainer, train_dataset: Dataset):
+        check_client_name(name)
         self.name = name
         self.trainer = trainer
         self.num_examples = len(train_dataset)

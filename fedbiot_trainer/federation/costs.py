@@ -19,6 +19,7 @@ from ..config import FedBiOTConfig
 from ..server.capture import capture, causal_lm, run_adapter_layers, run_full_model
 from ..server.lora_placement import DEFAULT_LORA, place_lora, resolve_peft_config
 from ..server.split_model import SplitModel
+from ..shared.compat import storage_key
 from ..shared.lora_layers import folded_loras
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, lora_factors, set_trainable_lora
 from ..wire.messages import ClientUpdate, LocalWork, RoundStart
@@ -176,7 +177,7 @@ def _client_costs(model: PreTrainedModel | PeftModel, args: FedBiOTConfig) -> di
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     batch = _batch(args.per_device_train_batch_size, args.max_length)
     factors, scalings = lora_factors(model, CLIENT)
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    own = {storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
     kept: list[torch.Tensor] = []
 
     def step():
@@ -189,7 +190,7 @@ def _client_costs(model: PreTrainedModel | PeftModel, args: FedBiOTConfig) -> di
     model.train()
     flops_per_step = _count_flops(step) * args.gradient_accumulation_steps
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
+    storages = {storage_key(tensor): tensor.untyped_storage() for tensor in kept}
     memory = {
         "weight_memory": _num_bytes(model.parameters()),
         "optimizer_memory": 3 * _num_bytes(trained),

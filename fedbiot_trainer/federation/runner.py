@@ -102,7 +102,7 @@ class FederatedRunner:
                 "`local_steps` steps, evaluates every `eval_rounds` rounds and saves after each."
             )
         self.args = args
-        self.folder = RunFolder(args, model if isinstance(model, str) else model.config._name_or_path)
+        self.folder = RunFolder(args, model if isinstance(model, str) else model.config.name_or_path)
         if not args.resume_from_checkpoint:
             self.folder.check_free()
         client_datasets = name_client_datasets(client_datasets, train_dataset, args)

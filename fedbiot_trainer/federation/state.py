@@ -99,7 +99,8 @@ class FederationState:
             if metadata["sha256"] != _digest(text, tensors):
                 raise ValueError("its digest does not match its content")
             values = _put_back(json.loads(text), tensors)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        # RuntimeError: a shape that PyTorch cannot make a tensor of.
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"The state '{file}' is damaged: {error}.") from error
         version = values.pop("schema_version")
         if version != SCHEMA_VERSION:
@@ -143,8 +144,9 @@ def _put_back(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -1,7 +1,6 @@
 """Build a model without some of its decoder layers, around the same tensors."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..shared.compat import children, copy_module
 from ..shared.processes import whole_shape
 from ..shared.quantized import is_linear, keep_weight_layout
 from .split import LayerSplit
@@ -16,8 +16,6 @@ from .split import LayerSplit
 
 # Names under which decoder layers and their attention modules keep their own position.
 _INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
-# Everything a module keeps of hooks that run with it; hooks for state dicts stay.
-_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and ("forward" in name or "backward" in name))
 
 
 def drop_layers(model: PreTrainedModel, split: LayerSplit) -> PreTrainedModel:
@@ -89,24 +87,16 @@ def _twin(root: nn.Module, split: LayerSplit, configs: dict[int, PretrainedConfi
     def twin(module: nn.Module, path: str) -> nn.Module:
         if id(module) in twins:
             return twins[id(module)]
-        new = copy.copy(module)
+        new = copy_module(module)
         twins[id(module)] = new
-        for name in ("_parameters", "_buffers"):
-            setattr(new, name, vars(module)[name].copy())
-        new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-        for name in _HOOKS:
-            setattr(new, name, OrderedDict())
-        # transformers puts hooks on a model that was once asked for hidden states, and this mark; the twin gets its own.
-        vars(new).pop("_output_capturing_hooks_installed", None)
         if id(vars(module).get("config")) in configs:
             new.config = configs[id(module.config)]
-        children = list(module._modules.items())
+        inside = list(children(module).items())
         if path == split.layers_name:
-            children = [(str(i), module[full]) for i, full in enumerate(split.full_indices)]
-        new._modules = {
-            name: child if child is None else twin(child, f"{path}.{name}" if path else name)
-            for name, child in children
-        }
+            inside = [(str(i), module[full]) for i, full in enumerate(split.full_indices)]
+        children(new).clear()
+        for name, child in inside:
+            children(new)[name] = child if child is None else twin(child, f"{path}.{name}" if path else name)
         return new
 
     return twin(root, "")

@@ -85,11 +85,10 @@ class SplitModel:
             self.adap_emu.to(device)
             for module in self.adap_fu.modules():
                 if id(module) not in inside:
-                    for name, buffer in module._buffers.items():
-                        module._buffers[name] = None if buffer is None else buffer.to(device)
-                    for parameter in module._parameters.values():
-                        if parameter is not None:
-                            parameter.data = parameter.data.to(device)
+                    for name, buffer in list(module.named_buffers(recurse=False)):
+                        setattr(module, name, buffer.to(device))
+                    for parameter in module.parameters(recurse=False):
+                        parameter.data = parameter.data.to(device)
         else:
             self.adap_fu.to(device)
 

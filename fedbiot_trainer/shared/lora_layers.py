@@ -9,6 +9,7 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn import functional as F
 
+from .compat import has_forward_hooks
 from .processes import is_sharded
 
 
@@ -53,9 +54,8 @@ class FusedLoraLinear(lora.Linear):
             return False
         if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
             return False
-        hooked = base._forward_hooks or base._forward_pre_hooks
         weights = base.weight, self.lora_A[name].weight
-        return not hooked and not any(map(is_sharded, weights))
+        return not has_forward_hooks(base) and not any(map(is_sharded, weights))
 
 
 class _FusedLora(torch.autograd.Function):

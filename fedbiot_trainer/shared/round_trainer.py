@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler, set_seed
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
+from .compat import ignore_in_ddp, set_rates
 from .lora_state import set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
@@ -155,7 +155,12 @@ class RoundTrainer(SFTTrainer):
             raise ValueError(f"The dataset of {name} is empty.")
         packing = self.args.packing if packing is None else packing
         prepared = self._prepare_dataset(
-            dataset, self.processing_class, self.args, packing, self._formatting_func, name
+            dataset=dataset,
+            processing_class=self.processing_class,
+            args=self.args,
+            packing=packing,
+            formatting_func=self._formatting_func,
+            dataset_name=name,
         )
         if len(prepared) == 0:
             raise ValueError(
@@ -215,9 +220,7 @@ class RoundTrainer(SFTTrainer):
             rates = [
                 rate * schedule(0) for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             ]
-            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            scheduler._last_lr = rates
+            set_rates(scheduler, rates)
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -259,7 +262,7 @@ class RoundTrainer(SFTTrainer):
             # Frozen tensors are equal in all processes. Without this, DDP would send all of them in every `train()`.
             frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
             frozen += [name for name, _ in self.model.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+            ignore_in_ddp(self.model, frozen)
         if self._deepspeed is not None:
             self._deepspeed.apply(self.accelerator, self.args)
 

@@ -1,60 +1,43 @@
-"""
-The wire format: what crosses the line between server and clients, as bytes that are checked before use.
+"""What server and clients send each other in a round. How it is laid out in bytes: [`frame`]."""
 
-A payload is `magic (8 bytes) | SHA-256 of the rest (32) | manifest length (8, little endian) | manifest (JSON) |
-tensors (safetensors)`. There is no pickle in it. The digest guards against damage, not against forgery: authenticate
-the channel.
-
-A receiver knows the tensors that must come, and with them how large a payload can be: more is refused unread.
-"""
-
-import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from ..shared.lora_state import LoraState
+from .frame import PayloadError, encode, frame_size, max_bytes, read_tensors, shown, unpack
 
 
-MAGIC = b"FEDBIOT\x00"
 SCHEMA_VERSION = 2
-DIGEST_END = len(MAGIC) + 32
-MAX_MANIFEST = 2**16  # bytes
 MAX_EXAMPLES = 10**12
 MAX_NUMBER = 2**53  # what JSON carries exactly
+MAX_SEED = 2**32 - 1  # NumPy takes no more
 MAX_METRICS = 64
 MAX_NAME = 256  # characters
 
 
-class PayloadError(ValueError):
-    """A payload that must not be used: damaged, from another round, of another shape, or not finite."""
-
-
-def check_lora(name: str, received: LoraState, expected: LoraState):
+def check_client_name(name: str):
     """
-    Check a received LoRA against one of the same model.
+    Check a name that will stand in logs and tables, and be a folder's.
 
     Raises:
-        PayloadError: If tensors are missing or unknown, or one has another shape or dtype, or is not finite.
+        ValueError: If it cannot.
     """
-    if received.keys() != expected.keys():
-        odd = sorted(received.keys() ^ expected.keys())
-        shown = ", ".join(f"{key:.100}" for key in odd[:3])
-        raise PayloadError(f"The {name} has missing or unknown tensors: {shown} ({len(odd)} in all).")
-    for key, tensor in received.items():
-        shape, dtype = expected[key].shape, expected[key].dtype
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise PayloadError(
-                f"`{key}` of the {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {tuple(shape)}."
-            )
-        if not torch.isfinite(tensor).all():
-            raise PayloadError(f"`{key}` of the {name} has values that are not finite.")
+    fault = None
+    if not 1 <= len(name) <= MAX_NAME:
+        fault = f"has {len(name)} characters"
+    elif not name.isprintable():
+        fault = "has characters that cannot be printed"
+    elif name in (".", "..") or "/" in name or "\\" in name:
+        fault = "is a path"
+    if fault is not None:
+        raise ValueError(
+            f"The name of client {shown(name)} {fault}. Give it one of 1 to {MAX_NAME} printable characters without "
+            "slashes."
+        )
 
 
 @dataclass(frozen=True)
@@ -88,22 +71,15 @@ class LocalWork:
         """
         names = [f.name for f in fields(cls)]
         if not isinstance(value, dict) or sorted(value) != sorted(names):
-            raise PayloadError(f"The work order must have exactly {', '.join(names)}, got {_shown(value)}.")
+            raise PayloadError(f"The work order must have exactly {', '.join(names)}, got {shown(value)}.")
         for name, number in value.items():
             kinds, least = (int, float) if name == "proximal_weight" else (int,), int(name == "local_steps")
-            if type(number) not in kinds or not least <= number <= MAX_NUMBER:
+            most = MAX_SEED if name == "seed" else MAX_NUMBER
+            if type(number) not in kinds or not least <= number <= most:
                 raise PayloadError(
-                    f"`{name}` of the work order is {_shown(number)}, expected a number from {least} to {MAX_NUMBER:,}."
+                    f"`{name}` of the work order is {shown(number)}, expected a number from {least} to {most:,}."
                 )
         return cls(**value)
-
-
-def _shown(value: Any) -> str:
-    """A received value for an error, which must not grow with it."""
-    try:
-        return f"{value!r:.100}"
-    except ValueError:  # Python does not print integers of thousands of digits
-        return f"a {type(value).__name__} that is too long to show"
 
 
 @dataclass
@@ -117,7 +93,7 @@ class _Payload:
 
     def to_bytes(self) -> bytes:
         """Encode the payload."""
-        return _frame(_encode_manifest(self._manifest()), save(self._tensors()))
+        return encode(self._manifest(), save(self._tensors()))
 
     def _manifest(self) -> dict[str, Any]:
         manifest = {name: getattr(self, name) for name in self.manifest_fields}
@@ -144,31 +120,28 @@ class _Payload:
             PayloadError: If it is too large, damaged, of another kind or schema, from another round, for another model,
                 or not finite.
         """
-        expected = {name: expected[name] for name in cls.tensor_fields}
-        limit = _max_bytes(expected)
+        tensors = {f"{group}/{key}": t for group in cls.tensor_fields for key, t in expected[group].items()}
+        limit = max_bytes(tensors)
         if len(data) > limit:
             raise PayloadError(
                 f"The {cls.title} has {len(data):,} bytes, but for this model it can have {limit:,} at most."
             )
-        manifest, tensors = _decode(cls.title, data)
-        if manifest.get("kind") != cls.kind or manifest.get("schema_version") != SCHEMA_VERSION:
+        manifest, content = unpack(cls.title, data)
+        kind, schema = manifest.get("kind"), manifest.get("schema_version")
+        if kind != cls.kind or type(schema) is not int or schema != SCHEMA_VERSION:
             raise PayloadError(
-                f"The payload is {_shown(manifest.get('kind'))} of schema {_shown(manifest.get('schema_version'))}, "
-                f"expected {cls.kind} of schema {SCHEMA_VERSION}."
+                f"The payload is {shown(kind)} of schema {shown(schema)}, expected {cls.kind} of schema "
+                f"{SCHEMA_VERSION}."
             )
         unknown = manifest.keys() - {"kind", "schema_version", *cls.manifest_fields}
         if unknown:
-            raise PayloadError(f"The {cls.title} has unknown values: {_shown(sorted(unknown))}.")
-        groups: dict[str, LoraState] = {name: {} for name in cls.tensor_fields}
-        for name, tensor in tensors.items():
-            group, _, key = name.partition("/")
-            if group not in groups:
-                raise PayloadError(f"The {cls.title} has an unknown tensor `{name:.100}`.")
-            groups[group][key] = tensor
+            raise PayloadError(f"The {cls.title} has unknown values: {shown(sorted(unknown))}.")
+        groups: dict[str, LoraState] = {group: {} for group in cls.tensor_fields}
         payload = cls(**{name: manifest.get(name) for name in cls.manifest_fields}, **groups)
         payload.check(server_round)
-        for name, state in groups.items():
-            check_lora(name.replace("_lora", " LoRA"), state, expected[name])
+        for name, tensor in read_tensors(cls.title, content, tensors).items():
+            group, _, key = name.partition("/")
+            groups[group][key] = tensor
         return payload
 
     def check(self, server_round: int | None):
@@ -182,66 +155,14 @@ class _Payload:
             value = getattr(self, name)
             if type(value) is not expected:
                 raise PayloadError(
-                    f"`{name}` of the {self.title} is {_shown(value)}, expected a value of type {expected.__name__}."
+                    f"`{name}` of the {self.title} is {shown(value)}, expected a value of type {expected.__name__}."
                 )
         if not 0 <= self.server_round <= MAX_NUMBER:
-            raise PayloadError(
-                f"`server_round` of the {self.title} is {_shown(self.server_round)}, which is no round."
-            )
+            raise PayloadError(f"`server_round` of the {self.title} is {shown(self.server_round)}, which is no round.")
         if server_round is not None and self.server_round != server_round:
             raise PayloadError(
                 f"The {self.title} is from round {self.server_round}, but this is round {server_round}."
             )
-
-
-def _encode_manifest(manifest: dict[str, Any]) -> bytes:
-    return json.dumps(manifest, sort_keys=True).encode()
-
-
-def _frame(head: bytes, tensors: bytes) -> bytes:
-    rest = len(head).to_bytes(8, "little") + head + tensors
-    return MAGIC + hashlib.sha256(rest).digest() + rest
-
-
-def _max_bytes(expected: Mapping[str, LoraState]) -> int:
-    """Most that a payload with these tensors can have: safetensors describes each by its name and some numbers."""
-    states = [(f"{group}/{key}", tensor) for group, state in expected.items() for key, tensor in state.items()]
-    header = sum(len(json.dumps(name)) + 200 for name, _ in states)
-    return DIGEST_END + 8 + MAX_MANIFEST + 1024 + header + sum(tensor.nbytes for _, tensor in states)
-
-
-def _decode(title: str, data: bytes) -> tuple[dict[str, Any], LoraState]:
-    if len(data) < DIGEST_END + 8 or data[: len(MAGIC)] != MAGIC:
-        raise PayloadError(f"The {title} is not a FedBiOT payload, or it is truncated.")
-    rest = memoryview(data)[DIGEST_END:]
-    if hashlib.sha256(rest).digest() != data[len(MAGIC) : DIGEST_END]:
-        raise PayloadError(f"The digest of the {title} does not match its content: it is truncated or altered.")
-    length = int.from_bytes(rest[:8], "little")
-    if length > MAX_MANIFEST:
-        raise PayloadError(f"The manifest of the {title} has {length:,} bytes, but {MAX_MANIFEST:,} are the most.")
-    end = 8 + length
-    try:
-        manifest = json.loads(
-            bytes(rest[8:end]), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
-        )
-        tensors = load(bytes(rest[end:]))
-    # RecursionError: an object nested thousands deep. OverflowError: a shape beyond any memory.
-    except (ValueError, SafetensorError, RecursionError, OverflowError) as error:
-        raise PayloadError(f"The {title} cannot be read: {_shown(str(error))}.") from None
-    if not isinstance(manifest, dict):
-        raise PayloadError(f"The manifest of the {title} is not an object.")
-    return manifest, tensors
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a value stands twice in its manifest")
-    return values
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a number")
 
 
 @dataclass
@@ -294,13 +215,13 @@ class RoundStarts(Mapping[str, bytes]):
 
     def size(self, name: str) -> int:
         """Bytes of the payload for a client."""
-        return DIGEST_END + 8 + len(self._head(name)) + len(self._tensors)
+        return frame_size(self._manifest(name), self._tensors)
 
-    def _head(self, name: str) -> bytes:
-        return _encode_manifest(self._of(self.works[name])._manifest())
+    def _manifest(self, name: str) -> dict[str, Any]:
+        return self._of(self.works[name])._manifest()
 
     def __getitem__(self, name: str) -> bytes:
-        return _frame(self._head(name), self._tensors)
+        return encode(self._manifest(name), self._tensors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.works)
@@ -335,18 +256,25 @@ class ClientUpdate(_Payload):
 
     def check(self, server_round):
         super().check(server_round)
-        if len(self.client) > MAX_NAME:
-            raise PayloadError(f"`client` of the client update has {len(self.client)} characters, {MAX_NAME} at most.")
+        try:
+            check_client_name(self.client)
+        except ValueError as error:
+            raise PayloadError(f"The client update cannot be used: {error}") from None
         if not 1 <= self.num_examples <= MAX_EXAMPLES:
             raise PayloadError(
-                f"`num_examples` of the client update is {_shown(self.num_examples)}, expected 1 to {MAX_EXAMPLES:,}."
+                f"`num_examples` of the client update is {shown(self.num_examples)}, expected 1 to {MAX_EXAMPLES:,}."
             )
         if "loss" not in self.metrics:
             raise PayloadError("Metric `loss` of the client update is missing.")
         if len(self.metrics) > MAX_METRICS:
             raise PayloadError(f"The client update has {len(self.metrics)} metrics, {MAX_METRICS} at most.")
         for name, value in self.metrics.items():
-            if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            if len(name) > MAX_NAME or not name.isprintable():
                 raise PayloadError(
-                    f"Metric `{name:.{MAX_NAME}}` of the client update is {_shown(value)}, expected a finite number."
+                    f"Metric {shown(name)} of the client update has a name that is too long or cannot be printed."
+                )
+            most = MAX_NUMBER if type(value) is int else sys.float_info.max
+            if type(value) not in (int, float) or not abs(value) <= most:
+                raise PayloadError(
+                    f"Metric `{name}` of the client update is {shown(value)}, expected a finite number."
                 )
