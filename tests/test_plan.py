@@ -218,7 +218,9 @@ def test_bytes(args, tmp_path, tied, dtype):
 
     models = SplitModel.from_config(model, settings, lora())
     states = [get_lora_state(models.adap_emu, adapter) for adapter in ("client", "emulator")]
-    work = LocalWork(3, 0, 0, 9, 0.001, 1)
+    work = LocalWork(
+        settings.local_steps, *[2**20] * 3, settings.proximal_weight, 2**31
+    )  # as many digits as a long run has
     down, up = RoundStart(1, work, *states).to_bytes(), ClientUpdate(1, "", 7, {}, states[0]).to_bytes()
     assert (client["bytes_per_round_down"], client["bytes_per_round_up"]) == (len(down), len(up))
     assert (server["bytes_per_round_down"], server["bytes_per_round_up"]) == (3 * len(down), 3 * len(up))
