@@ -77,7 +77,7 @@ def plan(
     # Autocast does not know the meta device.
     with torch.device("meta"), _MetaRun(), mock.patch("torch.is_autocast_enabled", return_value=False):
         full = _build(model, args)
-        name, dtype = type(full).__lora_name_, str(full.dtype).removeprefix("torch.")
+        name, dtype = type(full).__name__, str(full.dtype).removeprefix("torch.")
         models = SplitModel.from_config(full, args, peft_config, emulator_peft_config)
         split, layers = models.split, tuple(range(models.split.num_layers))
         states = [get_lora_state(models.adap_emu, lora_name) for lora_name in (CLIENT, EMULATOR)]
