@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, set_lora_state
+from ..shared.lora_state import CLIENT, EMULATOR, LoraState, arrived, get_lora_state, set_lora_state, traveling
 from ..wire.messages import ClientUpdate, RoundStart, check_client_name
 from .trainer import ClientSFTTrainer
 
@@ -17,15 +17,17 @@ class FederatedClient:
         trainer ([`ClientSFTTrainer`]): Does the local steps. Simulated clients share one; nothing of a client stays
             in it between two calls of [`fit`].
         train_dataset ([`~datasets.Dataset`]): The client's private text.
+        rank (`int`, *optional*): Rank of this client's LoRA, if it is smaller than that of the package.
 
     Raises:
         ValueError: If the name cannot be used, or the dataset is empty or holds nothing to train on.
     """
 
-    def __init__(self, name: str, trainer: ClientSFTTrainer, train_dataset: Dataset):
+    def __init__(self, name: str, trainer: ClientSFTTrainer, train_dataset: Dataset, rank: int | None = None):
         check_client_name(name)
         self.name = name
         self.trainer = trainer
+        self.rank = rank
         self.num_examples = len(train_dataset)
         self.train_dataset = trainer.prepare(train_dataset, f"client '{name}'")
 
@@ -43,11 +45,13 @@ class FederatedClient:
             PayloadError: If the payload is damaged, or not for this emulator.
         """
         trainer = self.trainer
-        loras = {"client_lora": CLIENT, "emulator_lora": EMULATOR}
-        own = {group: get_lora_state(trainer.model, lora_name) for group, lora_name in loras.items()}
+        own = {
+            "client_lora": self._traveling(trainer.package_lora),
+            "emulator_lora": get_lora_state(trainer.model, EMULATOR),
+        }
         order = RoundStart.from_bytes(start, **own)
-        for group, lora_name in loras.items():
-            set_lora_state(trainer.model, lora_name, getattr(order, group))
+        set_lora_state(trainer.model, CLIENT, arrived(order.client_lora, trainer.package_lora))
+        set_lora_state(trainer.model, EMULATOR, order.emulator_lora)
 
         trainer.train_dataset = self.train_dataset
         trainer.follow(order.work)
@@ -56,5 +60,8 @@ class FederatedClient:
         metrics = {"loss": sum(losses) / len(losses)}
         if trainer.step_metrics["proximal_term"]:
             metrics["proximal_term"] = trainer.step_metrics["proximal_term"][-1]
-        client_lora = get_lora_state(trainer.model, CLIENT)
+        client_lora = self._traveling(get_lora_state(trainer.model, CLIENT))
         return ClientUpdate(order.server_round, self.name, self.num_examples, metrics, client_lora).to_bytes()
+
+    def _traveling(self, client_lora: LoraState) -> LoraState:
+        return traveling(client_lora, self.trainer.args.freeze_a, self.rank)

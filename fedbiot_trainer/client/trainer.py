@@ -32,6 +32,10 @@ class ClientSFTTrainer(RoundTrainer):
             Private text, in any form that [`~trl.SFTTrainer`] takes.
         **kwargs:
             As for [`~trl.SFTTrainer`], `optimizers` and `peft_config` excepted.
+
+    Attributes:
+        package_lora (`dict[str, torch.Tensor]`):
+            The client LoRA as the emulator package had it: what a payload leaves out (`args.freeze_a`) is in it.
     """
 
     lora_name = CLIENT
@@ -50,6 +54,7 @@ class ClientSFTTrainer(RoundTrainer):
         args = args.client_arguments()
         args.model_init_kwargs = None
         super().__init__(model, args, args.num_rounds * args.local_steps, train_dataset, **kwargs)
+        self.package_lora = get_lora_state(self.model, CLIENT)
         self._reference: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def train(self, *args, **kwargs):

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING
 
 from transformers import SchedulerType
 
-from .settings import ALL_LAYERS, PARTITIONS, TEACHERS
+from .settings import (
+    ADAPTIVE,
+    AGGREGATION_WEIGHTS,
+    AGGREGATIONS,
+    ALL_LAYERS,
+    PARTITIONS,
+    TEACHERS,
+    UNWEIGHTED,
+)
 
 
 if TYPE_CHECKING:
@@ -16,6 +24,16 @@ NEED_KWARGS = (
     SchedulerType.COSINE_WARMUP_WITH_MIN_LR,
     SchedulerType.WARMUP_STABLE_DECAY,
 )
+ONLY_WITH = {
+    "server_learning_rate": ("fedavgm", *ADAPTIVE),
+    "server_momentum": ("fedavgm", *ADAPTIVE),
+    "server_beta2": ("fedadam", "fedyogi"),
+    "server_tau": ADAPTIVE,
+    "trim_fraction": ("trimmed_mean",),
+    "clip_norm": ("norm_clipping",),
+    "num_byzantine": ("multi_krum",),
+    "client_ranks": ("svd",),
+}
 
 
 def check_config(config: "FedBiOTConfig"):
@@ -27,6 +45,7 @@ def check_config(config: "FedBiOTConfig"):
     """
     _check_ranges(config)
     _check_split(config)
+    _check_aggregation(config)
     _check_training_arguments(config)
 
 
@@ -101,6 +120,63 @@ def _check_split(config):
             "`offload_full_model` is True, but an online teacher runs the full model in every alignment step. "
             + ("Use `teacher='cached'`." if config.num_adapter_layers_bottom == 0 else "Leave it out.")
         )
+
+
+def _check_aggregation(config):
+    rule = config.aggregation
+    for name, allowed in (("aggregation", AGGREGATIONS), ("aggregation_weights", AGGREGATION_WEIGHTS)):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"`{name}` is '{getattr(config, name)}', but it must be one of {', '.join(allowed)}.")
+    for name, rules in ONLY_WITH.items():
+        if getattr(config, name) is not None and rule not in rules:
+            raise ValueError(
+                f"`{name}` is {getattr(config, name)}, but `aggregation` is '{rule}', which does not use it. Leave it "
+                f"out, or use {', '.join(rules)}."
+            )
+    if not 0 < config.max_client_share <= 1:
+        raise ValueError(
+            f"`max_client_share` is {config.max_client_share}, but a share of the weight must be in (0, 1]. 1.0 is no cap."
+        )
+    uniform = config.aggregation_weights == "uniform"
+    if config.max_client_share < 1 and (uniform or rule in UNWEIGHTED):
+        why = "`aggregation_weights` is 'uniform'" if uniform else f"`aggregation` is '{rule}'"
+        raise ValueError(
+            f"`max_client_share` is {config.max_client_share}, but {why}, where all clients count the same. Leave it out."
+        )
+    for name in ("server_learning_rate", "server_tau", "clip_norm", "num_byzantine"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"`{name}` is {value}, but it must be positive. Leave it out for the rule's default.")
+    for name in ("server_momentum", "server_beta2"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"`{name}` is {value}, but a decay must be in [0, 1).")
+    if config.trim_fraction is not None and not 0 < config.trim_fraction < 0.5:
+        raise ValueError(
+            f"`trim_fraction` is {config.trim_fraction}, but it is left out at each of two ends and must be in (0, 0.5)."
+        )
+    f = 1 if config.num_byzantine is None else config.num_byzantine
+    if rule == "multi_krum" and config.min_train_clients < 2 * f + 3:
+        raise ValueError(
+            f"`min_train_clients` is {config.min_train_clients}, but `aggregation` is 'multi_krum', which needs 2 f + 3 "
+            f"updates to tell {f} bad one(s) (`num_byzantine`) from the others. Set it to at least {2 * f + 3}."
+        )
+    if config.freeze_a and rule == "svd":
+        raise ValueError(
+            "`freeze_a` is True, but `aggregation` is 'svd', which makes both matrices anew. With A fixed, every mean of "
+            "the B is exact: use `aggregation='fedavg'`."
+        )
+    _check_client_ranks(config)
+
+
+def _check_client_ranks(config):
+    pairs = [item.rpartition("=")[::2] for item in config.client_ranks or []]
+    if not all(name and rank.isdecimal() and int(rank) > 0 for name, rank in pairs):
+        raise ValueError(
+            f"`client_ranks` must be NAME=RANK each, with a rank of at least 1, got {config.client_ranks}."
+        )
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"`client_ranks` is {config.client_ranks}, which names a client twice.")
 
 
 def _check_training_arguments(config):

@@ -8,19 +8,33 @@ from transformers import SchedulerType
 from trl import SFTConfig
 
 from .checks import check_config
-from .settings import AlignmentSettings, EvaluationSettings, FederationSettings, PartitionSettings, SplitSettings
+from .settings import (
+    AggregationSettings,
+    AlignmentSettings,
+    EvaluationSettings,
+    FederationSettings,
+    PartitionSettings,
+    SplitSettings,
+)
 
 
 @dataclass
 class FedBiOTConfig(
-    EvaluationSettings, PartitionSettings, AlignmentSettings, FederationSettings, SplitSettings, SFTConfig
+    EvaluationSettings,
+    PartitionSettings,
+    AlignmentSettings,
+    AggregationSettings,
+    FederationSettings,
+    SplitSettings,
+    SFTConfig,
 ):
     r"""
     Configuration of a FedBiOT run ([paper](https://huggingface.co/papers/2406.17706)).
 
     It is an [`~trl.SFTConfig`]: `learning_rate`, `per_device_train_batch_size`, `max_length`, `packing` and the rest
     mean what they mean there and hold for the **clients'** local steps. The federation's own settings are those of
-    [`SplitSettings`], [`FederationSettings`], [`AlignmentSettings`], [`PartitionSettings`] and [`EvaluationSettings`].
+    [`SplitSettings`], [`FederationSettings`], [`AggregationSettings`], [`AlignmentSettings`], [`PartitionSettings`] and
+    [`EvaluationSettings`].
 
     > [!NOTE]
     > What the defaults and other values gave where they were measured is in docs/choosing.md of the repository.

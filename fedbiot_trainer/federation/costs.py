@@ -21,7 +21,7 @@ from ..server.lora_placement import DEFAULT_LORA, place_lora, resolve_peft_confi
 from ..server.split_model import SplitModel
 from ..shared.compat import storage_key
 from ..shared.lora_layers import folded_loras
-from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, lora_factors, set_trainable_lora
+from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, lora_factors, set_trainable_lora, traveling
 from ..wire.messages import ClientUpdate, LocalWork, RoundStart
 
 
@@ -86,7 +86,7 @@ def plan(
         peft_config = resolve_peft_config(peft_config or LoraConfig(**DEFAULT_LORA), full, split, layers)
         try:
             server = _alignment_costs(models, args, public_examples)
-            set_trainable_lora(models.adap_emu, CLIENT)
+            set_trainable_lora(models.adap_emu, CLIENT, args.freeze_a)
             fedbiot = _client_costs(models.adap_emu, args)
             full_finetuning = _client_costs(full.requires_grad_(True), args)
             full_lora = _client_costs(get_peft_model(full, place_lora(peft_config, split, layers)), args)
@@ -95,6 +95,7 @@ def plan(
     # As the server sends them, and as a client without a name and metrics answers.
     counts = models.count_parameters()
     states = [{key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()} for state in states]
+    states[0] = traveling(states[0], args.freeze_a)
     down, up = (
         len(RoundStart(0, LocalWork(args.local_steps, *[2**20] * 3, args.proximal_weight, 2**31), *states).to_bytes()),
         len(ClientUpdate(0, "", 1, {}, states[0]).to_bytes()),

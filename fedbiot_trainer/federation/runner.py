@@ -110,6 +110,11 @@ class FederatedRunner:
             raise ValueError(
                 f"`min_train_clients` is {args.min_train_clients}, but there are {len(client_datasets)} clients. Lower it."
             )
+        unknown = sorted(args.ranks.keys() - client_datasets.keys())
+        if unknown:
+            raise ValueError(
+                f"`client_ranks` names {', '.join(unknown)}, but the clients are {', '.join(client_datasets)}."
+            )
         if args.eval_drift and eval_dataset is None:
             raise ValueError("`eval_drift` is True, but `eval_dataset` is None. Pass held-out text, or leave it out.")
         text_metric = TextMetric(args, eval_dataset) if args.eval_metric is not None else None
@@ -135,7 +140,8 @@ class FederatedRunner:
                 processing_class=processing_class,
             )
             self.clients = {
-                name: FederatedClient(name, self.trainer, dataset) for name, dataset in client_datasets.items()
+                name: FederatedClient(name, self.trainer, dataset, args.ranks.get(name))
+                for name, dataset in client_datasets.items()
             }
             self.evaluator = None
             if eval_dataset is not None:
@@ -220,6 +226,7 @@ class FederatedRunner:
         if state is not None:
             server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
             self.trackers.at_round(state.server_round)
+        self.trainer.package_lora = server.client_lora
         with no_progress_bars():
             bytes_once = server.package().save(self.folder.package, server.processing_class)
         if args.process_index == 0:

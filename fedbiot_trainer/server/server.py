@@ -1,20 +1,26 @@
 """The owner side: the full model, the alignment, the average."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..config import FedBiOTConfig
-from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, save_lora, set_lora_state
+from ..shared.lora_state import CLIENT, EMULATOR, LoraState, get_lora_state, save_lora, set_lora_state, traveling
 from ..wire.messages import ClientUpdate, LocalWork, PayloadError, RoundStart, RoundStarts
 from ..wire.package import EmulatorPackage
-from .aggregation import Aggregate, FederatedAverage
+from .aggregation import Aggregate, make_aggregator
 from .alignment import EmulatorAlignmentTrainer
 from .split_model import SplitModel
+
+
+logger = logging.get_logger(__name__)
+
+DOMINANT_SHARE = 0.9  # of the weight of three clients or more, from which on one of them owns the average
 
 
 class FederatedServer:
@@ -34,7 +40,8 @@ class FederatedServer:
         client_steps (`dict[str, int]`): Local steps that each client has taken so far, by name.
 
     Raises:
-        ValueError: If alignment is on and there is no public dataset, or the model cannot be split.
+        ValueError: If alignment is on and there is no public dataset, the model cannot be split, or a client's rank is
+            larger than the client LoRA's.
     """
 
     def __init__(
@@ -52,10 +59,12 @@ class FederatedServer:
         self.client_lora = get_lora_state(self.models.adap_emu, CLIENT)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
         self.client_steps: dict[str, int] = {}
+        check_client_ranks(args.ranks, self.models.adap_emu.peft_config[CLIENT])
         self.models.move(args.device, args.offload_full_model)
-        self.aggregator = FederatedAverage()
+        self.aggregator = make_aggregator(args)
         self._received: set[str] = set()
         self._steps_before: dict[str, int] = {}
+        self._dominant: set[str] = set()
         self.trainer = None
         # An emulator that drops nothing is the full model already.
         if args.aligns and self.models.split.dropped:
@@ -105,17 +114,23 @@ class FederatedServer:
 
     def begin_round(self):
         """Open a round: from here on updates are for it."""
-        self.aggregator.begin(self.client_lora)
+        self.aggregator.begin(self._traveling())
         self._received, self._steps_before = set(), dict(self.client_steps)
 
     def discard_round(self):
         """Close a round without an average: clients will take its steps again."""
+        self.aggregator.begin(self._traveling())
         self.client_steps = self._steps_before
 
     def start_round(self, server_round: int, names: Sequence[str]) -> RoundStarts:
         """The payload of each client of a round, by name."""
         works = {name: self._work(name, server_round) for name in names}
-        return RoundStarts(server_round, works, self.client_lora, self.emulator_lora)
+        smaller = {name: self._traveling(name) for name in self.args.ranks}
+        return RoundStarts(server_round, works, self._traveling(), self.emulator_lora, smaller)
+
+    def _traveling(self, name: str | None = None) -> LoraState:
+        """The part of the client LoRA that is exchanged with a client, or with those of the full rank."""
+        return traveling(self.client_lora, self.args.freeze_a, self.args.ranks.get(name))
 
     def _work(self, name: str, server_round: int) -> LocalWork:
         args = self.args
@@ -131,8 +146,8 @@ class FederatedServer:
 
     def payload_sizes(self) -> tuple[int, int]:
         """Bytes of a round's payload to a client and of its answer (up to its name and metrics)."""
-        start = RoundStart(0, self._work("", 1), self.client_lora, self.emulator_lora)
-        update = ClientUpdate(0, "", 1, {}, self.client_lora)
+        start = RoundStart(0, self._work("", 1), self._traveling(), self.emulator_lora)
+        update = ClientUpdate(0, "", 1, {}, self._traveling())
         return len(start.to_bytes()), len(update.to_bytes())
 
     def receive(self, server_round: int, client: str, reply: bytes) -> dict[str, float]:
@@ -146,7 +161,7 @@ class FederatedServer:
             PayloadError: If it is damaged, from another round or client, of the wrong shape, not finite, or the
                 client's second. It is not used then.
         """
-        update = ClientUpdate.from_bytes(reply, server_round, client_lora=self.client_lora)
+        update = ClientUpdate.from_bytes(reply, server_round, client_lora=self._traveling(client))
         if update.client != client:
             raise PayloadError(f"The client update is signed by client '{update.client}'.")
         if client in self._received:
@@ -159,13 +174,31 @@ class FederatedServer:
     def aggregate(self) -> Aggregate:
         """Close the round: what comes of its updates is the next client LoRA."""
         aggregate = self.aggregator.finish()
-        self.client_lora = aggregate.client_lora
+        self.client_lora = self.client_lora | aggregate.client_lora  # of a frozen A, nothing comes
+        for client, share in aggregate.weights.items():
+            if share > DOMINANT_SHARE and len(aggregate.weights) > 2 and client not in self._dominant:
+                self._dominant.add(client)
+                logger.warning(
+                    f"Client '{client}' has {share:.1%} of the weight of {len(aggregate.weights)} clients, by the number "
+                    "of examples that it says it holds. Cap what one client can have with `max_client_share`, or set "
+                    "`aggregation_weights='uniform'`."
+                )
         return aggregate
 
     def save_client_lora(self, folder: str | Path, model_name: str | None):
         """Write the client LoRA as a PEFT folder for the full model, with the full model's layer indices."""
         state = self.models.split.to_full(self.client_lora)
         save_lora(folder, self.models.adap_fu.peft_config[CLIENT], state, model_name)
+
+
+def check_client_ranks(ranks: Mapping[str, int], config: LoraConfig):
+    """Raise `ValueError` if a client's rank is larger than that of the LoRA which it is a part of."""
+    for name, rank in ranks.items():
+        if rank > config.r:
+            raise ValueError(
+                f"`client_ranks` gives client '{name}' rank {rank}, but the client LoRA has rank {config.r} (`r` in "
+                "`peft_config`), of which clients have a part. Raise that, or lower the client's."
+            )
 
 
 def check_public_dataset(public_dataset: Dataset | None, args: FedBiOTConfig):

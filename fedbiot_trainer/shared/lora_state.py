@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .lora_layers import fuse_loras
@@ -31,12 +32,42 @@ def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_con
     return fuse_loras(model)
 
 
-def set_trainable_lora(model: PeftModel, lora_name: str):
-    """Let only the LoRA `lora_name` have gradients."""
+def set_trainable_lora(model: PeftModel, lora_name: str, freeze_a: bool = False):
+    """Let only the LoRA `lora_name` have gradients, or only its matrices B."""
     release_whole(model)
     model.requires_grad_(False)
-    for _, parameter in _lora_parameters(model, lora_name):
-        parameter.requires_grad_(True)
+    for key, parameter in _lora_parameters(model, lora_name):
+        parameter.requires_grad_(not (freeze_a and is_a(key)))
+
+
+def is_a(key: str) -> bool:
+    """Whether a key of a LoRA's state is of a matrix A, `(r, in_features)`. The others are B, `(out_features, r)`."""
+    return ".lora_A." in key
+
+
+def traveling(state: LoraState, freeze_a: bool = False, rank: int | None = None) -> LoraState:
+    """
+    The part of a client LoRA that goes over the wire.
+
+    Args:
+        state (`dict[str, torch.Tensor]`): The whole LoRA.
+        freeze_a (`bool`, *optional*, defaults to `False`): Whether its matrices A are fixed, and known to both sides.
+        rank (`int`, *optional*): Rank of the client's LoRA, if it is smaller: the first rows of A and columns of B.
+    """
+    part = {key: tensor for key, tensor in state.items() if not (freeze_a and is_a(key))}
+    return {key: tensor[:rank] if is_a(key) else tensor[:, :rank] for key, tensor in part.items()}
+
+
+def arrived(part: LoraState, whole: LoraState) -> LoraState:
+    """
+    A LoRA of which a part has come: what [`traveling`] left out of matrices is zero, left-out matrices are those of
+    `whole`. Rows of A and columns of B that are both zero have no gradient, so training leaves them so.
+    """
+    state = dict(whole)
+    for key, tensor in part.items():
+        (rows, columns), (all_rows, all_columns) = tensor.shape, whole[key].shape
+        state[key] = F.pad(tensor, (0, all_columns - columns, 0, all_rows - rows))
+    return state
 
 
 def _lora_parameters(model: PeftModel, lora_name: str) -> Iterator[tuple[str, nn.Parameter]]:

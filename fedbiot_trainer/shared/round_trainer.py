@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
 from .compat import ignore_in_ddp, set_rates
-from .lora_state import set_trainable_lora
+from .lora_state import CLIENT, set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
 
@@ -233,7 +233,7 @@ class RoundTrainer(SFTTrainer):
             seed (`int`, *optional*): Seed of dropout in these steps. `None` takes `args.seed`.
         """
         set_seed(self.args.seed if seed is None else seed)
-        set_trainable_lora(self.model, self.lora_name)
+        set_trainable_lora(self.model, self.lora_name, self.args.freeze_a and self.lora_name == CLIENT)
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.step_metrics.clear()

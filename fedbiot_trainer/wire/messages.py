@@ -204,24 +204,31 @@ class RoundStarts(Mapping[str, bytes]):
         server_round (`int`): The round, counted from 1.
         works (`dict[str, LocalWork]`): What each client is to do, by name.
         client_lora, emulator_lora (`dict[str, torch.Tensor]`): The LoRAs.
+        other_loras (`dict[str, dict]`, *optional*): Client LoRAs of clients that get another one, by name.
     """
 
     def __init__(
-        self, server_round: int, works: Mapping[str, LocalWork], client_lora: LoraState, emulator_lora: LoraState
+        self,
+        server_round: int,
+        works: Mapping[str, LocalWork],
+        client_lora: LoraState,
+        emulator_lora: LoraState,
+        other_loras: Mapping[str, LoraState] | None = None,
     ):
         self.works = dict(works)
-        self._of = lambda work: RoundStart(server_round, work, client_lora, emulator_lora)
+        others = other_loras or {}
+        self._of = lambda name: RoundStart(
+            server_round, self.works[name], others.get(name, client_lora), emulator_lora
+        )
         self._tensors = save(RoundStart(server_round, None, client_lora, emulator_lora)._tensors())
+        self._other_tensors = {name: save(self._of(name)._tensors()) for name in others if name in self.works}
 
     def size(self, name: str) -> int:
         """Bytes of the payload for a client."""
-        return frame_size(self._manifest(name), self._tensors)
-
-    def _manifest(self, name: str) -> dict[str, Any]:
-        return self._of(self.works[name])._manifest()
+        return frame_size(self._of(name)._manifest(), self._other_tensors.get(name, self._tensors))
 
     def __getitem__(self, name: str) -> bytes:
-        return encode(self._manifest(name), self._tensors)
+        return encode(self._of(name)._manifest(), self._other_tensors.get(name, self._tensors))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.works)

@@ -1,5 +1,6 @@
 """What a rule of aggregation is to the server."""
 
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ class Aggregate:
 
     Attributes:
         client_lora (`dict[str, torch.Tensor]`): The next round's client LoRA.
-        weights (`dict[str, float]`): Share of each client in it. They sum to 1.
+        weights (`dict[str, float]`): Share of each client that was used in it. They sum to 1.
         metrics (`dict[str, float]`): What the rule has to report.
     """
 
@@ -42,4 +43,10 @@ class Aggregator(Protocol):
         """What the rule keeps, between rounds and within one: plain values, and tensors in nested `dict`s and lists."""
 
     def load_state_dict(self, state: dict[str, Any]):
-        """Go on from what [`state_dict`] gave."""
+        """Go on from what [`state_dict`] gave: between rounds, or in a round after its `begin`."""
+
+
+def refuse_none(updates: Sized):
+    """Raise `ValueError` if a round ends without an update."""
+    if len(updates) == 0:
+        raise ValueError("No update was added: there is nothing to average.")

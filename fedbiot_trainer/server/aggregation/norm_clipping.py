@@ -1,0 +1,35 @@
+"""The weighted mean of changes of bounded norm (Sun et al., 2019)."""
+
+from statistics import median
+
+from .interface import Aggregate
+from .kept_updates import KeptUpdates, changes, norm, weighted_mean
+from .weighting import Weighting
+
+
+class NormClipping(KeptUpdates):
+    """
+    `start + sum of w_i d_i min(1, c / |d_i|)` for the clients' changes `d_i`. It bounds what a client can do by the
+    length of its change, whatever its direction.
+
+    Args:
+        weighting ([`Weighting`]): Their weights.
+        clip_norm (`float`, *optional*): Largest norm `c` of a whole LoRA's change. `None`: the median of the round's.
+    """
+
+    def __init__(self, weighting: Weighting, clip_norm: float | None = None):
+        super().__init__()
+        self._weighting, self.clip_norm = weighting, clip_norm
+
+    def combine(self, start, updates) -> Aggregate:
+        changed = changes(start, updates)
+        norms = {client: norm(change) for client, change in changed.items()}
+        limit = median(norms.values()) if self.clip_norm is None else self.clip_norm
+        shares = self._weighting.shares(updates)
+        factors = {client: share * min(1.0, limit / (norms[client] or 1.0)) for client, share in shares.items()}
+        step = weighted_mean(changed, factors, {key: tensor.double() for key, tensor in start.items()})
+        lora = {key: (tensor.double() + step[key]).to(tensor.dtype) for key, tensor in start.items()}
+        clipped = sum(length > limit for length in norms.values())
+        return Aggregate(
+            lora, shares, {"clipped": float(clipped), "clip_norm": limit, "largest_norm": max(norms.values())}
+        )
