@@ -18,15 +18,18 @@ class FederatedClient:
             in it between two calls of [`fit`].
         train_dataset ([`~datasets.Dataset`]): The client's private text.
 
+    Attributes:
+        num_examples (`int`): Rows of it that have a token to train on: the client's weight in the average.
+        train_dataset ([`~datasets.Dataset`]): These, tokenized.
+
     Raises:
-        ValueError: If the dataset is empty or holds nothing to train on.
+        TypeError, ValueError: If the dataset is no text or holds nothing to train on.
     """
 
     def __init__(self, name: str, trainer: ClientSFTTrainer, train_dataset: Dataset):
         self.name = name
         self.trainer = trainer
-        self.num_examples = len(train_dataset)
-        self.train_dataset = trainer.prepare(train_dataset, f"client '{name}'")
+        self.train_dataset, self.num_examples = trainer.prepare(train_dataset, f"client '{name}'")
 
     def fit(self, start: bytes) -> bytes:
         """

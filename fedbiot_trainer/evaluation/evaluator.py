@@ -44,7 +44,7 @@ class Evaluator:
         self.processing_class = trainer.processing_class
         self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)
         self.accelerator = trainer.accelerator
-        self.tokens = trainer.prepare(dataset, "`eval_dataset`", packing=False)
+        self.tokens, _ = trainer.prepare(dataset, "`eval_dataset`", packing=False)
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self._zero_shot: dict[str, float] = {}
 

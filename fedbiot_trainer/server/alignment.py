@@ -57,6 +57,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     """
 
     lora_name = EMULATOR
+    text_name = "`public_dataset`"
     loss_is_scaled_for_ga = True
     _tag_names = ["trl", "fedbiot"]
 
