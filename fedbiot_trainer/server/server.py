@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import FedBiOTConfig
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, save_lora, set_lora_state
+from ..shared.tokenizers import prepare_tokenizer
 from ..wire.messages import ClientUpdate, LocalWork, PayloadError, RoundStart, RoundStarts
 from ..wire.package import EmulatorPackage
 from .aggregation import Aggregate, FederatedAverage
@@ -47,8 +48,9 @@ class FederatedServer:
         emulator_peft_config: LoraConfig | None = None,
     ):
         self.args = args
-        self.processing_class = processing_class
+        self.processing_class = prepare_tokenizer(processing_class, args)
         self.models = SplitModel.from_config(model, args, peft_config, emulator_peft_config)
+        self.models.align_tokens(self.processing_class, args)
         self.client_lora = get_lora_state(self.models.adap_emu, CLIENT)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
         self.client_steps: dict[str, int] = {}
@@ -161,6 +163,11 @@ class FederatedServer:
         aggregate = self.aggregator.finish()
         self.client_lora = aggregate.client_lora
         return aggregate
+
+    def save_tokenizer(self, folder: str | Path):
+        """Write what belongs to the full model with the client LoRA: tokenizer, chat template, end tokens."""
+        self.processing_class.save_pretrained(folder)
+        self.models.adap_fu.generation_config.save_pretrained(folder)
 
     def save_client_lora(self, folder: str | Path, model_name: str | None):
         """Write the client LoRA as a PEFT folder for the full model, with the full model's layer indices."""

@@ -13,7 +13,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
-from transformers import get_scheduler, set_seed
+from transformers import AutoTokenizer, get_scheduler, set_seed
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -22,6 +22,7 @@ from .lora_state import set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
 from .texts import blank_rows, check_texts, subject, text_columns, token_lengths, trained_tokens, without_other_forms
+from .tokenizers import align_model, prepare_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -113,9 +114,18 @@ class RoundTrainer(SFTTrainer):
         self._deepspeed: DeepSpeedSettings | None = None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        tokenizer = kwargs.pop("processing_class", None)
+        if tokenizer is None:
+            name = model.config.name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        tokenizer = prepare_tokenizer(tokenizer, args)
+        align_model(model, tokenizer, args)
+        # That is done: TRL would resize the embedding for a chat template of other tokenizers.
+        args = copy.copy(args)
+        args.eos_token = args.chat_template_path = None
         # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
         model.requires_grad_(False)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         self.steps_done = 0
         self.total_steps = total_steps
         self.schedule_start: int | None = None

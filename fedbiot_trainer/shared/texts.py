@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase
 
 
 BATCH = 10_000  # rows
@@ -72,6 +73,15 @@ def text_columns(dataset: Dataset, name: str, text_field: str = "text") -> tuple
 def is_conversational(dataset: Dataset, columns: tuple[str, ...]) -> bool:
     """Whether the text in `columns` is messages."""
     return bool(columns) and _is_list(dataset.data.schema.field(columns[-1]).type)
+
+
+def check_chat_template(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"):
+    """Raise `ValueError` if a dataset is a conversation and the tokenizer cannot write one."""
+    if tokenizer.chat_template is None and is_conversational(dataset, text_columns(dataset, name, text_field)):
+        raise ValueError(
+            f"{subject(name)} is a conversation, but `processing_class` has no chat template. Name one with "
+            "`chat_template_path` (a .jinja file, or a tokenizer without tokens of its own)."
+        )
 
 
 def without_other_forms(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
