@@ -99,6 +99,11 @@ def _check_column(dataset, name, column):
     elif _is_string(kind) or pa.types.is_null(kind):
         find, problem = _first_null, "has no text"
     elif isinstance(kind, pa.BaseExtensionType):  # JSON of any kind
+        for row, value in enumerate(dataset[column]):
+            if not isinstance(value, str) and not (value and isinstance(value, list)):
+                raise ValueError(
+                    f"{subject(name)} has {value!r:.50} in row {row}, column `{column}`, which is no text. Turn it into text."
+                )
         return
     else:
         raise TypeError(
