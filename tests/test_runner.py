@@ -364,7 +364,11 @@ def test_push_to_hub(make_runner, monkeypatch):
         runner.push_to_hub()
     assert runner.push_to_hub("me/lora", private=True, token="t") == "https://hub/me/lora"
     assert pushed == {
-        "token": "t", "private": True, "files": ["README.md", "adapter_config.json", "adapter_model.safetensors"],
+        "token": "t", "private": True,
+        "files": [
+            "README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json",
+            "tokenizer_config.json",
+        ],
     }  # fmt: skip
 
 

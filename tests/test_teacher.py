@@ -233,7 +233,7 @@ def test_store_says_what_it_holds(make_trainer, tmp_path):
 def test_other_text_has_the_full_model_for_a_teacher(make_trainer):
     trainer = make_trainer(initial_alignment_steps=1)
     trainer.train()
-    dataset = trainer.prepare(sums(60, 62), "other")
+    dataset, _ = trainer.prepare(sums(60, 62), "other")
     assert trainer.evaluate(dataset)["eval_alignment_l2"] > 0
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.trainer_utils import align_special_tokens
 
 from ..shared.quantized import refuse_merging_quantized
 from ..wire.package import MANIFEST, EmulatorPackage, load_model
@@ -54,9 +55,14 @@ def merge(
         model = load_model(source, **model_init_kwargs)
         refuse_merging_quantized(model)
         model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        source = folder if (folder / "tokenizer_config.json").is_file() else source
     tokenizer = AutoTokenizer.from_pretrained(
         source, trust_remote_code=model_init_kwargs.get("trust_remote_code", False)
     )
+    if source == folder:
+        align_special_tokens(model, tokenizer)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return model

@@ -25,8 +25,9 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from ..config import FedBiOTConfig
 from ..config.methods import METHODS
+from ..data.names import has_splits, template_columns
 from ..data.partition import name_client_datasets
-from ..data.sources import DATA_FILES, hold_out, keep_values, read_dataset, to_examples
+from ..data.sources import hold_out, keep_values, read_dataset, to_examples
 from ..federation.costs import plan
 from ..federation.interruption import RunInterrupted, end_with_launcher
 from ..federation.methods import run_method
@@ -40,8 +41,8 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # in a clone
 @dataclass
 class FederatedScriptArguments(ScriptArguments):
     """
-    Where the texts come from. A dataset is a name on the Hub, a folder, or a file (.jsonl, .json, .csv, .parquet), on
-    this machine or under an https address.
+    Where the texts come from. A dataset is a name on the Hub, a folder, or a file (.jsonl, .json, .csv, .tsv, .txt,
+    .parquet, maybe with .gz, .bz2 or .xz behind), on this machine or under an https address.
 
     `dataset_name` is the private training set, split among clients as `--partition` says, unless `client_datasets`
     gives each client its own.
@@ -96,6 +97,8 @@ class FederatedScriptArguments(ScriptArguments):
         ):
             if (getattr(self, prompt) is None) != (getattr(self, completion) is None):
                 raise ValueError(f"`{prompt}` and `{completion}` belong together: set both or neither.")
+            for name in (prompt, completion):
+                template_columns(getattr(self, name) or "", name)
         if self.dataset_streaming:
             raise ValueError(
                 "`dataset_streaming` is True, but a federated run needs to know where in the data a client is, which a "
@@ -165,7 +168,8 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
         if not all(name and dataset for name, dataset in pairs):
             raise ValueError(f"`client_datasets` must be NAME=DATASET each, got {script_args.client_datasets}.")
         loaded["client_datasets"] = [
-            (name, to_examples(read_dataset(dataset, config, split), private, limit, seed)) for name, dataset in pairs
+            (name, to_examples(read_dataset(dataset, config, split), private, limit, seed, dataset))
+            for name, dataset in pairs
         ]
     else:
         train = read_dataset(script_args.dataset_name, config, split)
@@ -179,18 +183,20 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
             train = keep_values(train, column, script_args.partition_values)
         if script_args.eval_fraction is not None:
             train, heldout = hold_out(train, script_args.eval_fraction, column, seed)
-        elif eval_name is None and Path(script_args.dataset_name).suffix not in DATA_FILES:
+        elif eval_name is None and has_splits(script_args.dataset_name):
             eval_name = script_args.dataset_name
-        loaded["train_dataset"] = to_examples(train, private, limit, seed)
+        loaded["train_dataset"] = to_examples(train, private, limit, seed, script_args.dataset_name)
     if eval_name is not None:
         heldout = read_dataset(eval_name, config, script_args.dataset_test_split)
     if heldout is not None:
-        loaded["eval_dataset"] = to_examples(heldout, private, script_args.max_eval_samples, seed)
+        source = eval_name or script_args.dataset_name
+        loaded["eval_dataset"] = to_examples(heldout, private, script_args.max_eval_samples, seed, source)
     if script_args.public_dataset_name is not None:
-        dataset = read_dataset(
-            script_args.public_dataset_name, script_args.public_dataset_config, script_args.public_dataset_split
+        name = script_args.public_dataset_name
+        dataset = read_dataset(name, script_args.public_dataset_config, script_args.public_dataset_split)
+        loaded["public_dataset"] = to_examples(
+            dataset, public, script_args.max_public_samples, seed, name, "public_prompt_template"
         )
-        loaded["public_dataset"] = to_examples(dataset, public, script_args.max_public_samples, seed)
     return loaded
 
 

@@ -19,8 +19,12 @@ class FederatedClient:
         train_dataset ([`~datasets.Dataset`]): The client's private text.
         rank (`int`, *optional*): Rank of this client's LoRA, if it is smaller than that of the package.
 
+    Attributes:
+        num_examples (`int`): Rows of it that have a token to train on: the client's weight in the average.
+        train_dataset ([`~datasets.Dataset`]): These, tokenized.
+
     Raises:
-        ValueError: If the name cannot be used, or the dataset is empty or holds nothing to train on.
+        TypeError, ValueError: If the name cannot be used, or the dataset is no text or holds nothing to train on.
     """
 
     def __init__(self, name: str, trainer: ClientSFTTrainer, train_dataset: Dataset, rank: int | None = None):
@@ -28,8 +32,7 @@ class FederatedClient:
         self.name = name
         self.trainer = trainer
         self.rank = rank
-        self.num_examples = len(train_dataset)
-        self.train_dataset = trainer.prepare(train_dataset, f"client '{name}'")
+        self.train_dataset, self.num_examples = trainer.prepare(train_dataset, f"client '{name}'")
 
     def fit(self, start: bytes) -> bytes:
         """

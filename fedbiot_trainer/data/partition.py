@@ -2,43 +2,46 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 from datasets import Dataset
 
 from ..config import FedBiOTConfig
+from ..shared.texts import check_texts, is_conversational, text_columns
 
 
 def name_client_datasets(
-    client_datasets: Mapping[str, Dataset] | Sequence[tuple[str, Dataset]] | None,
+    client_datasets: Mapping[str | int, Dataset] | Sequence[tuple[str | int, Dataset]] | None,
     train_dataset: Dataset | None,
     args: FedBiOTConfig,
 ) -> dict[str, Dataset]:
     """
-    The dataset of each client: those that are given, or `train_dataset` split among clients.
+    The dataset of each client: those that are given, or `train_dataset` split among clients. Numbers become names.
 
     Raises:
-        ValueError: If not exactly one of the two is given, a name stands twice, a dataset is empty, or the datasets are
-            of different forms so that it is open which tokens to train on.
+        TypeError: If a dataset is no `Dataset` (a `DatasetDict`, a stream) or holds no text, or a name is no `str`.
+        ValueError: If not exactly one of the two is given, a name stands twice, a dataset is empty or has rows that are
+            no text, or the datasets are of different forms so that it is open which tokens to train on.
     """
     if (client_datasets is None) == (train_dataset is None):
         given = "neither" if client_datasets is None else "both"
         raise ValueError(f"Pass one of `client_datasets` and `train_dataset`; {given} was given.")
     if client_datasets is None:
+        check_texts(train_dataset, "`train_dataset`", args.dataset_text_field)
         return partition_dataset(train_dataset, args)
-    pairs = list(client_datasets.items() if isinstance(client_datasets, Mapping) else client_datasets)
-    names = [name for name, _ in pairs]
-    if not pairs:
-        raise ValueError("`client_datasets` is empty: a federation needs at least one client.")
-    duplicates = sorted({name for name in names if names.count(name) > 1})
-    if duplicates:
-        raise ValueError(
-            f"`client_datasets` has the name(s) {', '.join(duplicates)} more than once. Names must differ."
-        )
+    pairs = _named_pairs(client_datasets)
     for name, dataset in pairs:
-        if len(dataset) == 0:
-            raise ValueError(f"The dataset of client '{name}' is empty.")
-    forms = {name: "completion" in dataset.column_names for name, dataset in pairs}
+        check_texts(dataset, f"client '{name}'", args.dataset_text_field)
+    columns = {name: text_columns(dataset, name, args.dataset_text_field) for name, dataset in pairs}
+    if args.assistant_only_loss:
+        for name, (dataset, used) in {name: (dataset, columns[name]) for name, dataset in pairs}.items():
+            if used and not is_conversational(dataset, used):
+                raise ValueError(
+                    f"`assistant_only_loss` is True, but the dataset of client '{name}' is no conversation (it has "
+                    f"{', '.join(used)}). Leave it out, or bring the dataset into messages."
+                )
+    forms = {name: "completion" in used for name, used in columns.items() if used}
     if args.completion_only_loss is None and len(set(forms.values())) > 1:
         raise ValueError(
             "`client_datasets` mixes prompt-completion data with other text "
@@ -46,6 +49,29 @@ def name_client_datasets(
             "open which tokens count. Set `completion_only_loss`, or bring all clients into one form."
         )
     return dict(pairs)
+
+
+def _named_pairs(client_datasets) -> list[tuple[str, Dataset]]:
+    if isinstance(client_datasets, Dataset) or not isinstance(client_datasets, Mapping | Sequence):
+        raise TypeError(
+            f"`client_datasets` is a `{type(client_datasets).__name__}`, but it must be a dict of a dataset for each "
+            "client. Pass a dataset to be split among clients as `train_dataset`."
+        )
+    pairs = list(client_datasets.items() if isinstance(client_datasets, Mapping) else client_datasets)
+    if not pairs:
+        raise ValueError("`client_datasets` is empty: a federation needs at least one client.")
+    for name, _ in pairs:
+        if not isinstance(name, str | Integral) or isinstance(name, bool) or not str(name).strip():
+            raise TypeError(
+                f"`client_datasets` has the name {name!r}, but clients are named by text or a number. Give it another."
+            )
+    names = [str(name) for name, _ in pairs]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(
+            f"`client_datasets` has the name(s) {', '.join(duplicates)} more than once. Names must differ."
+        )
+    return [(str(name), dataset) for name, dataset in pairs]
 
 
 def partition_dataset(dataset: Dataset, args: FedBiOTConfig) -> dict[str, Dataset]:
@@ -60,7 +86,7 @@ def partition_dataset(dataset: Dataset, args: FedBiOTConfig) -> dict[str, Datase
         `dict[str, Dataset]`: A dataset per client, `"client-0"`, ... or, by column, under the column's values.
 
     Raises:
-        ValueError: If there are fewer examples than clients, or the column does not exist.
+        ValueError: If there are fewer examples than clients, the column does not exist, or a row has no value in it.
     """
     rng = np.random.default_rng(args.seed)
     if args.partition == "iid":
@@ -68,17 +94,20 @@ def partition_dataset(dataset: Dataset, args: FedBiOTConfig) -> dict[str, Datase
         shards = np.array_split(rng.permutation(len(dataset)), args.num_clients)
         return {f"client-{i}": dataset.select(np.sort(shard)) for i, shard in enumerate(shards)}
 
-    by_value = _group(dataset, args.partition_column)
+    by_value = rows_by_value(dataset, args.partition_column, "train_dataset")
+    missing = by_value.pop(None, [])
+    if missing:
+        raise ValueError(
+            f"`partition_column` is '{args.partition_column}', which is empty in {len(missing)} of the {len(dataset)} rows "
+            f"of `train_dataset` ({', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}), so it is open "
+            "whose they are. Fill them, or leave them out (`Dataset.filter`, or `partition_values` on the command line)."
+        )
     if args.partition == "by-column":
-        return {str(value): dataset.select(indices) for value, indices in sorted(by_value.items(), key=_name)}
+        return {value: dataset.select(by_value[value]) for value in sorted(by_value)}
 
     _check_enough(dataset, args.num_clients)
     shards = _dirichlet(list(by_value.values()), args.num_clients, args.dirichlet_alpha, rng)
     return {f"client-{i}": dataset.select(sorted(shard)) for i, shard in enumerate(shards)}
-
-
-def _name(item):
-    return str(item[0])
 
 
 def _check_enough(dataset, num_clients):
@@ -89,15 +118,27 @@ def _check_enough(dataset, num_clients):
         )
 
 
-def _group(dataset, column) -> dict[object, list[int]]:
+def rows_by_value(dataset: Dataset, column: str, name: str) -> dict[str | None, list[int]]:
+    """
+    Which rows have which value in `column`; those without one (`None`, NaN, an empty text) are under `None`.
+
+    Raises:
+        ValueError: If there is no such column, or its values are no labels.
+    """
     if column not in dataset.column_names:
         raise ValueError(
-            f"`partition_column` is '{column}', but `train_dataset` has the columns {', '.join(dataset.column_names)}."
+            f"`partition_column` is '{column}', but `{name}` has the columns {', '.join(dataset.column_names)}."
         )
-    groups = defaultdict(list)
-    for index, value in enumerate(dataset[column]):
-        groups[value].append(index)
-    return dict(groups)
+    rows = defaultdict(list)
+    for row, value in enumerate(dataset[column]):
+        if isinstance(value, list | dict):
+            raise ValueError(
+                f"`partition_column` is '{column}', but row {row} of `{name}` has {value!r:.50} there, which is no label. "
+                "Use a column of text or numbers."
+            )
+        missing = value is None or value != value or (isinstance(value, str) and not value.strip())
+        rows[None if missing else str(value)].append(row)
+    return dict(rows)
 
 
 def _dirichlet(groups: list[list[int]], num_clients: int, alpha: float, rng) -> list[list[int]]:

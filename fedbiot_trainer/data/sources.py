@@ -1,40 +1,71 @@
 """Where texts come from: files, folders and the Hub, brought into one form, and held out."""
 
-from collections import defaultdict
+import re
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
-from datasets import Dataset, load_dataset
+import pandas as pd
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
-
-DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from .names import COMPRESSED, DATA_FILES, check_path, file_kind, template_columns
+from .partition import rows_by_value
 
 
 def read_dataset(name: str, config: str | None, split: str) -> Dataset:
-    """Load one dataset: all of a file, or a split of what is on the Hub or in a folder."""
-    kind = DATA_FILES.get(Path(name).suffix)
-    if kind is None:
-        return load_dataset(name, config, split=split)
-    if not name.startswith("https://") and not Path(name).is_file():
-        raise FileNotFoundError(f"There is no file '{name}'.")
-    return load_dataset(kind, data_files=name, split="train")
+    """
+    Load one dataset: all of a file, or a split of what is on the Hub or in a folder. Cells of .csv and .tsv files are
+    text as it stands there: an empty one is an empty text, and "N/A" or "007" are what they are.
+
+    Raises:
+        FileNotFoundError: If a path leads nowhere.
+        ValueError: If a file is of another kind, cannot be read, or has no row.
+    """
+    check_path(name)
+    suffix = file_kind(name)
+    if suffix is None:
+        return _read_other(name, config, split)
+    path = name if "://" in name else str(Path(name).expanduser())
+    try:
+        options = _text_cells(path, suffix) if DATA_FILES[suffix] == "csv" else {}
+        dataset = load_dataset(DATA_FILES[suffix], data_files=path, split="train", **options)
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, StopIteration | pd.errors.EmptyDataError) or re.search(
+            "at least one ex|no data", str(cause)
+        ):
+            raise ValueError(f"'{name}' has no row.") from error
+        raise ValueError(f"'{name}' cannot be read as {suffix} ({cause}).") from error
+    if len(dataset) == 0:
+        raise ValueError(f"'{name}' has no row.")
+    return dataset
 
 
-def rows_by_value(dataset: Dataset, column: str) -> dict[str, list[int]]:
-    """Which rows have which value in `column`. Raises `ValueError` if there is no such column."""
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"`partition_column` is '{column}', but `dataset_name` has the columns {', '.join(dataset.column_names)}."
-        )
-    rows = defaultdict(list)
-    for row, value in enumerate(dataset[column]):
-        rows[str(value)].append(row)
-    return rows
+def _text_cells(path: str, suffix: str) -> dict:
+    """Options of the reader of tables. It would guess types by what is in the first rows."""
+    compression = COMPRESSED.get(Path(urlparse(path).path).suffix.lower())
+    options = {"sep": "\t" if suffix == ".tsv" else ","}
+    columns = pd.read_csv(path, nrows=0, compression=compression, **options).columns
+    return {**options, "na_filter": False, "features": Features({column: Value("string") for column in columns})}
+
+
+def _read_other(name, config, split) -> Dataset:
+    path = Path(name).expanduser()
+    if (path / "dataset_dict.json").is_file():
+        return DatasetDict.load_from_disk(str(path))[split]
+    if (path / "state.json").is_file():
+        return Dataset.load_from_disk(str(path))
+    dataset = load_dataset(str(path) if path.is_dir() else name, config, split=split)
+    if len(dataset) == 0:
+        raise ValueError(f"The split '{split}' of '{name}' has no row.")
+    return dataset
 
 
 def keep_values(dataset: Dataset, column: str, values: list[str]) -> Dataset:
     """The examples with one of `values` in `column`."""
-    rows = rows_by_value(dataset, column)
+    rows = rows_by_value(dataset, column, "dataset_name")
+    rows.pop(None, None)  # no value is none that can be named
     missing = [value for value in values if value not in rows]
     if missing:
         found = ", ".join(sorted(rows)[:20]) + (", ..." if len(rows) > 20 else "")
@@ -46,7 +77,7 @@ def keep_values(dataset: Dataset, column: str, values: list[str]) -> Dataset:
 
 def hold_out(dataset: Dataset, fraction: float, column: str | None, seed: int) -> tuple[Dataset, Dataset]:
     """Split off `fraction` of the examples, of each value of `column` if one is given: training and held-out set."""
-    rows = {"all": list(range(len(dataset)))} if column is None else rows_by_value(dataset, column)
+    rows = {"all": list(range(len(dataset)))} if column is None else rows_by_value(dataset, column, "dataset_name")
     rng = np.random.default_rng(seed)
     heldout: list[int] = []
     for value, of_value in rows.items():
@@ -60,14 +91,41 @@ def hold_out(dataset: Dataset, fraction: float, column: str | None, seed: int) -
     return dataset.select(sorted(set(range(len(dataset))).difference(heldout))), dataset.select(sorted(heldout))
 
 
-def to_examples(dataset: Dataset, templates: tuple, limit: int | None, seed: int) -> Dataset:
-    """Draw `limit` examples and bring them into prompt-completion form if there are templates."""
+def to_examples(
+    dataset: Dataset,
+    templates: tuple[str | None, str | None],
+    limit: int | None,
+    seed: int,
+    source: str,
+    flag: str = "prompt_template",
+) -> Dataset:
+    """
+    Draw `limit` examples and bring them into prompt-completion form if there are templates. A cell without a value is an
+    empty text.
+
+    Raises:
+        ValueError: If a template names a column that is not there. It calls the dataset `source`, the first template
+            `flag`.
+    """
     if limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(limit))
     prompt, completion = templates
-    if prompt is not None:
-        dataset = dataset.map(
-            lambda row: {"prompt": prompt.format(**row), "completion": completion.format(**row)},
-            desc="Formatting",
-        )
-    return dataset
+    if prompt is None:
+        return dataset
+    for name, template in ((flag, prompt), (flag.replace("prompt_", "completion_"), completion)):
+        unknown = [column for column in template_columns(template, name) if column not in dataset.column_names]
+        if unknown:
+            raise ValueError(
+                f"`{name}` is {template!r}, but '{source}' has no column {', '.join(unknown)}. It has: "
+                f"{', '.join(dataset.column_names)}."
+            )
+
+    def fill(row):
+        cells = {column: "" if _is_missing(value) else value for column, value in row.items()}
+        return {"prompt": prompt.format(**cells), "completion": completion.format(**cells)}
+
+    return dataset.map(fill, desc="Formatting")
+
+
+def _is_missing(value) -> bool:
+    return value is None or (isinstance(value, float) and value != value)

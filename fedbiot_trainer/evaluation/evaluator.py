@@ -1,9 +1,9 @@
 """Zero-shot, AdapEmu and AdapFu on held-out text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..server.capture import OutputHead, capture, causal_lm, run_full_model
@@ -11,6 +11,8 @@ from ..server.split_model import SplitModel
 from ..shared.losses import hidden_state_loss, masked_kl
 from ..shared.processes import deal, runnable, shards_parameters
 from ..shared.round_trainer import RoundTrainer
+from ..shared.texts import trained_tokens
+from ..shared.tokenizers import prompt_tokens
 from .passes import batches_by_length, complete, evaluate_loss
 from .text_metric import LOSS_METRICS, TextMetric
 
@@ -22,15 +24,21 @@ class Evaluator:
     Args:
         models ([`SplitModel`]): The models. Whoever evaluates them loads the LoRAs first.
         trainer ([`RoundTrainer`]): Tokenizes and collates the text as it does the clients'.
-        dataset ([`~datasets.Dataset`]): Held-out text.
-        text_metric ([`TextMetric`], *optional*): The metric of generated text, on the same text.
+        dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
+            Held-out text. Of several sets, each is reported by name (`<name>_loss`) besides the means over all tokens.
+        text_metric ([`TextMetric`] or `dict[str, TextMetric]`, *optional*):
+            The metric of generated text, on the same text; of several sets, for each.
 
     Raises:
-        ValueError: If there is no token to evaluate.
+        ValueError: If there is no token to evaluate, or no position for one to generate.
     """
 
     def __init__(
-        self, models: SplitModel, trainer: RoundTrainer, dataset: Dataset, text_metric: TextMetric | None = None
+        self,
+        models: SplitModel,
+        trainer: RoundTrainer,
+        dataset: Dataset | Mapping[str, Dataset],
+        text_metric: TextMetric | Mapping[str, TextMetric] | None = None,
     ):
         self.args = trainer.args
         if self.args.eval_drift and shards_parameters(trainer.accelerator):
@@ -40,13 +48,34 @@ class Evaluator:
             )
         if self.args.eval_drift:
             OutputHead(causal_lm(models.adap_fu)).check(models, self.args.device)
-        self.models, self.text_metric = models, text_metric
+        self.models = models
         self.processing_class = trainer.processing_class
         self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)
         self.accelerator = trainer.accelerator
-        self.tokens = trainer.prepare(dataset, "`eval_dataset`", packing=False)
+        named = dataset if isinstance(dataset, Mapping) else {"": dataset}
+        self._sets = {
+            name: trainer.prepare(text, f"`eval_dataset['{name}']`" if name else "`eval_dataset`", packing=False)[0]
+            for name, text in named.items()
+        }
+        columns = ["input_ids", "labels"]
+        self.tokens = concatenate_datasets([tokens.select_columns(columns) for tokens in self._sets.values()])
+        self._metrics: Mapping[str, TextMetric] = {}
+        if text_metric is not None:
+            self._metrics = text_metric if isinstance(text_metric, Mapping) else {"": text_metric}
+        self._check_room(trainer)
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self._zero_shot: dict[str, float] = {}
+
+    def _check_room(self, trainer):
+        """Whether the model has positions for what is generated."""
+        positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+        for metric in self._metrics.values():
+            longest = max(len(prompt_tokens(prompt, self.processing_class)) for prompt in metric.prompts)
+            if positions is not None and longest + self.args.eval_max_new_tokens > positions:
+                raise ValueError(
+                    f"`eval_max_new_tokens` is {self.args.eval_max_new_tokens} and the longest prompt of `eval_dataset` "
+                    f"has {longest} tokens, but the model has {positions} positions. Lower it, or leave long prompts out."
+                )
 
     def remember_zero_shot(self, scores: dict[str, float] | None):
         """Take [`zero_shot`]'s result from an earlier run."""
@@ -55,7 +84,7 @@ class Evaluator:
     def zero_shot(self, generate: bool = False) -> dict[str, float]:
         """The full model without any LoRA. Computed once."""
         full = self.models.adap_fu
-        if not self._zero_shot or (generate and self._zero_shot.keys() == LOSS_METRICS):
+        if not self._zero_shot or (generate and self._zero_shot.keys() <= self.loss_metrics):
             with self.models.whole_on(self.args.device), full.disable_adapter():
                 self._zero_shot = self._evaluate(full, generate)
         return self._zero_shot
@@ -91,23 +120,46 @@ class Evaluator:
         l2, kl, tokens = self.accelerator.reduce(totals.to(self.accelerator.device)).tolist()
         return {"drift_l2": l2 / tokens, "drift_kl": kl / tokens}
 
+    @property
+    def loss_metrics(self) -> set[str]:
+        """Names of all that is measured without generating."""
+        names = ["", *(f"{name}_" for name in self._sets if name)]
+        return {f"{name}{metric}" for name in names for metric in LOSS_METRICS}
+
     def _evaluate(self, model, generate):
         batch_size = self.args.per_device_eval_batch_size
         with self.accelerator.autocast(), runnable(model, self.accelerator):
-            metrics = evaluate_loss(
-                model, self.tokens, self.data_collator, batch_size, self.accelerator, self.on_progress
-            )
+            scores = {
+                name: evaluate_loss(model, tokens, self.data_collator, batch_size, self.accelerator, self.on_progress)
+                for name, tokens in self._sets.items()
+            }
+            completions = {}
             if generate:
-                prompts, max_new_tokens = self.text_metric.prompts, self.args.eval_max_new_tokens
-                completions = complete(
-                    model,
-                    prompts,
-                    self.processing_class,
-                    batch_size,
-                    max_new_tokens,
-                    self.accelerator,
-                    self.on_progress,
-                )
-        if generate:
-            metrics |= self.text_metric.compute(completions, self.accelerator)
+                completions = {
+                    name: complete(
+                        model,
+                        metric.prompts,
+                        self.processing_class,
+                        batch_size,
+                        self.args.eval_max_new_tokens,
+                        self.accelerator,
+                        self.on_progress,
+                    )
+                    for name, metric in self._metrics.items()
+                }
+        metrics = self._with_means(scores)
+        for name, texts in completions.items():
+            found = self._metrics[name].compute(texts, self.accelerator)
+            metrics |= {f"{name}_{key}" if name else key: value for key, value in found.items()}
         return metrics
+
+    def _with_means(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
+        """The scores of each set by name, after their means over all tokens."""
+        if scores.keys() == {""}:
+            return scores[""]
+        tokens = {name: int(trained_tokens(self._sets[name]).sum()) for name in scores}
+        means = {
+            metric: sum(scores[name][metric] * tokens[name] for name in scores) / sum(tokens.values())
+            for metric in ("loss", "token_accuracy")
+        }
+        return means | {f"{name}_{metric}": value for name, found in scores.items() for metric, value in found.items()}

@@ -1,5 +1,6 @@
 """Metrics of generated text, as `evaluate` modules."""
 
+import json
 import re
 from collections.abc import Sequence
 from numbers import Real
@@ -26,7 +27,7 @@ class TextMetric:
 
     Args:
         args ([`FedBiOTConfig`]): Names the module (`eval_metric`) and the column (`eval_reference_column`).
-        dataset ([`~datasets.Dataset`]): Has the references, and plain strings in `prompt`.
+        dataset ([`~datasets.Dataset`]): Has prompts, or conversations that end with an answer, and references.
 
     Raises:
         ValueError: If the dataset lacks one of them, or the module cannot be loaded or does not give a number for the
@@ -41,25 +42,27 @@ class TextMetric:
                 "are no prompts."
             )
         columns = dataset.column_names
-        if "prompt" not in columns or not isinstance(dataset[0]["prompt"], str):
-            raise ValueError(
-                f"`eval_metric` is '{name}', but `eval_dataset` has no plain `prompt` column (it has: "
-                f"{', '.join(columns)}). Bring it into prompt-completion form, or leave the setting out."
-            )
-        if column not in columns:
+        self.prompts, answers = _prompts(dataset, name)
+        if column not in columns and (answers is None or column != "completion"):
             raise ValueError(
                 f"`eval_reference_column` is '{column}', but `eval_dataset` has no such column (it has: "
                 f"{', '.join(columns)}). Name the one with the references of `eval_metric`."
             )
+        self.references = answers if column not in columns else _references(dataset, column)
         self.module = _load_module(name)
-        self.prompts, self.references = dataset["prompt"][:], dataset[column][:]
         self.completes_code = self.module.name == "pass_at_k" and "entry_point" in columns
         if self.completes_code:
+            if not all(isinstance(prompt, str) for prompt in self.prompts):
+                raise ValueError(
+                    "`eval_metric` is 'pass_at_k' and `eval_dataset` has an `entry_point` column, so a prompt is the start "
+                    "of a program, but its prompts are conversations. Leave that column out, or bring plain prompts."
+                )
             self.references = [
                 f"{tests}\ncheck({function})"
                 for tests, function in zip(self.references, dataset["entry_point"], strict=True)
             ]
-        result = self._compute(self.prompts[:1], self.references[:1])  # what cannot work fails now, not after training
+        first = self.prompts[0] if isinstance(self.prompts[0], str) else ""
+        result = self._compute([first], self.references[:1])  # what cannot work fails now, not after training
         if not result:
             raise ValueError(
                 f"`eval_metric` is '{name}', but for the first example it returns no number. Use a module that returns "
@@ -90,6 +93,64 @@ class TextMetric:
                 completions = [prompt + END_OF_FUNCTION.split(text, maxsplit=1)[0] for prompt, text in pairs]
             results = [self._compute(completions, self.references)]
         return broadcast_object_list(results)[0]
+
+
+def _prompts(dataset, metric) -> tuple[list[str | dict], list[str] | None]:
+    """The prompts of a dataset, conversations as arguments of `apply_chat_template`, and the answers in these."""
+    columns, first = dataset.column_names, dataset[0]
+    names = ("prompt", "messages", "conversations")
+    column = next((c for c in (names if "completion" in columns else (*names[1:], "prompt")) if first.get(c)), None)
+    if column == "prompt" and isinstance(first["prompt"], str):
+        return dataset["prompt"][:], None
+    if column is None or not all(isinstance(message, dict) for message in first[column]):
+        raise ValueError(
+            f"`eval_metric` is '{metric}', but `eval_dataset` has no plain `prompt` column and no conversations (it has: "
+            f"{', '.join(columns)}). Bring it into prompt-completion form, or leave the setting out."
+        )
+    talks, answers = [[_chatml(message) for message in row] for row in dataset[column]], None
+    if column != "prompt":
+        answers = [_answer(talk[-1:], row, column) for row, talk in enumerate(talks)]
+        talks = [talk[:-1] for talk in talks]
+        if [] in talks:
+            raise ValueError(
+                f"`eval_metric` is '{metric}', but the conversation in row {talks.index([])} of `eval_dataset` has one "
+                "message, so there is nothing to answer. Leave it out."
+            )
+    prompts = [{"conversation": talk} for talk in talks]
+    for row, prompt in zip(dataset, prompts, strict=True):
+        if row.get("tools"):
+            prompt["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+        prompt |= row.get("chat_template_kwargs") or {}
+    return prompts, answers
+
+
+def _chatml(message: dict) -> dict:
+    """A message with `role` and `content`, which some datasets call `from` and `value`."""
+    return {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
+
+
+def _references(dataset, column) -> list:
+    values = [_answer(value, row, column) for row, value in enumerate(dataset[column])]
+    if None in values:
+        raise ValueError(
+            f"`eval_reference_column` is '{column}', which is empty in row {values.index(None)} of `eval_dataset`. Fill it, "
+            "or leave the row out."
+        )
+    return values
+
+
+def _answer(value, row, column):
+    """The text of an answer that may be a list of one message."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return value
+    message = _chatml(value[0])
+    if len(value) > 1 or message["role"] == "user" or not isinstance(message["content"], str):
+        raise ValueError(
+            f"`eval_metric` needs one answer of text for each prompt, but column `{column}` of `eval_dataset` has "
+            f"{len(value)} messages in row {row}, the last by '{_chatml(value[-1])['role']}'. End each conversation with "
+            "one answer, or name another `eval_reference_column`."
+        )
+    return message["content"]
 
 
 def _load_module(name):

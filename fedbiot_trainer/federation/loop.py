@@ -246,6 +246,9 @@ class RoundLoop:
             for who, scores in self.evaluator.adapted().items():
                 setattr(record, f"{who}_loss", scores["loss"])
                 setattr(record, f"{who}_token_accuracy", scores["token_accuracy"])
+                by_set = {name: value for name, value in scores.items() if name not in ("loss", "token_accuracy")}
+                if by_set:
+                    record.evaluations[who] = by_set
             if self.schedule.eval_drift:
                 drift = self.evaluator.drift()
                 record.drift_l2, record.drift_kl = drift["drift_l2"], drift["drift_kl"]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..config import FedBiOTConfig
 from ..config.methods import METHODS
 from ..data.partition import name_client_datasets
+from ..output.run_folder import folder_name
 from ..output.tables import ROWS
 from ..shared.records import RunSummary
 from .runner import FederatedRunner
@@ -74,7 +75,7 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:
     folder, summaries = Path(args.output_dir), {}
     for name, dataset in client_datasets.items():
         own = copy.copy(args)
-        own.output_dir = str(folder / name)
+        own.output_dir = str(folder / folder_name(name))
         summaries[name] = FederatedRunner(model, own, {name: dataset}, **kwargs).train()
     means = {
         key: _means([getattr(summary, key) for summary in summaries.values()])

@@ -23,8 +23,9 @@ from ..client.trainer import ClientSFTTrainer
 from ..config import FedBiOTConfig
 from ..data.lengths import mean_length
 from ..data.partition import name_client_datasets
+from ..data.sets import name_eval_sets, name_texts
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.text_metric import LOSS_METRICS, TextMetric
+from ..evaluation.text_metric import TextMetric
 from ..output.hub import push_folder
 from ..output.progress import RunProgress, no_progress_bars, reported
 from ..output.run_folder import RunFolder, library_versions
@@ -34,6 +35,8 @@ from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
 from ..shared.records import RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
+from ..shared.texts import check_chat_template, check_texts
+from ..shared.tokenizers import prepare_tokenizer
 from ..wire.package import load_model
 from .interruption import Interruption
 from .loop import RoundLoop, Schedule
@@ -57,15 +60,15 @@ class FederatedRunner:
         args ([`FedBiOTConfig`]):
             Configuration.
         client_datasets (`dict[str, Dataset]` or sequence of `(name, Dataset)`, *optional*):
-            Private text of each client, in any form that [`~trl.SFTTrainer`] takes.
+            Private text of each client, in any form that [`~trl.SFTTrainer`] takes. Numbers become names.
         train_dataset ([`~datasets.Dataset`], *optional*):
             Instead of `client_datasets`: text to split among `args.num_clients` clients as `args.partition` says.
         public_dataset ([`~datasets.Dataset`], *optional*):
             Public text for the alignment. Required unless alignment is off.
-        eval_dataset ([`~datasets.Dataset`], *optional*):
-            Held-out private text. Without it, nothing is evaluated.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Held-out private text. Without it, nothing is evaluated. Of several sets, each is reported by name.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer. Loaded with the model if that is given by name.
+            Tokenizer. Loaded with the model if that is given by name. It stays as it is: a run works with a copy.
         peft_config ([`~peft.LoraConfig`], *optional*):
             The client LoRA. Defaults to rank 8 on PEFT's target modules for the architecture.
         emulator_peft_config ([`~peft.LoraConfig`], *optional*):
@@ -90,7 +93,7 @@ class FederatedRunner:
         client_datasets: Mapping[str, Dataset] | Sequence[tuple[str, Dataset]] | None = None,
         train_dataset: Dataset | None = None,
         public_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
@@ -117,7 +120,13 @@ class FederatedRunner:
             )
         if args.eval_drift and eval_dataset is None:
             raise ValueError("`eval_drift` is True, but `eval_dataset` is None. Pass held-out text, or leave it out.")
-        text_metric = TextMetric(args, eval_dataset) if args.eval_metric is not None else None
+        eval_sets, text_metrics = name_eval_sets(eval_dataset), {}
+        if args.eval_metric is not None:
+            text_metrics = {name: TextMetric(args, dataset) for name, dataset in (eval_sets or {"": None}).items()}
+        texts = name_texts(eval_sets, public_dataset if args.aligns else None)
+        for name, dataset in texts.items():
+            check_texts(dataset, name, args.dataset_text_field)
+        texts |= {f"client '{name}'": dataset for name, dataset in client_datasets.items()}
 
         set_seed(args.seed)
         with no_progress_bars():
@@ -125,9 +134,13 @@ class FederatedRunner:
                 init_kwargs, remote = args.init_kwargs(), ("revision", "token", "trust_remote_code")
                 remote = {name: init_kwargs[name] for name in remote if init_kwargs.get(name) is not None}
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
-                model = load_model(model, **init_kwargs)
             if processing_class is None:
                 raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
+            processing_class = prepare_tokenizer(processing_class, args)
+            for name, dataset in texts.items():
+                check_chat_template(dataset, name, processing_class, args.dataset_text_field)
+            if isinstance(model, str):
+                model = load_model(model, **init_kwargs)
             inner_args = args.quiet()
             self.server = FederatedServer(
                 model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
@@ -145,7 +158,7 @@ class FederatedRunner:
             }
             self.evaluator = None
             if eval_dataset is not None:
-                self.evaluator = Evaluator(self.server.models, self.trainer, eval_dataset, text_metric)
+                self.evaluator = Evaluator(self.server.models, self.trainer, eval_sets, text_metrics)
         for trainer in self._trainers:
             trainer.remove_callback(PrinterCallback)
 
@@ -230,6 +243,7 @@ class FederatedRunner:
         with no_progress_bars():
             bytes_once = server.package().save(self.folder.package, server.processing_class)
         if args.process_index == 0:
+            server.save_tokenizer(self.folder.client_lora)
             split, per_round = server.models.split.record(), server.payload_sizes()
             self.console.print(split_table(split, parameters, bytes_once, per_round, num_asked))
 
@@ -276,7 +290,8 @@ class FederatedRunner:
                 self.folder.save(loop.records, None)
             progress.phase(loop.server_round, "evaluating")
             results = self.evaluate()
-            shown = LOSS_METRICS if loop.server_round > 0 else set()  # with the last round
+            # Shown with the last round.
+            shown = self.evaluator.loss_metrics if self.evaluator and loop.server_round > 0 else set()
             scores = {who: values.keys() - shown for who, values in results.items()}
             self.trackers.log({f"{who}_{name}": results[who][name] for who, names in scores.items() for name in names})
 
@@ -330,7 +345,8 @@ class FederatedRunner:
 
         Returns:
             `dict`: `zero_shot`, `adap_emu` and `adap_fu`, each with `loss`, `token_accuracy` and, with
-            `args.eval_metric`, what that metric returns. Empty without an `eval_dataset`.
+            `args.eval_metric`, what that metric returns. Of several sets, each metric by name (`<name>_loss`), and the
+            means of the first two over all tokens. Empty without an `eval_dataset`.
         """
         if self.evaluator is None:
             return {}

@@ -1,8 +1,10 @@
 """What a run leaves in `output_dir`."""
 
 import fcntl
+import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from .model_card import write_model_card
 
 RUN_FILES = ("rounds.jsonl", "summary.json", "rounds.png", "emulator_package", "client_lora", "state")
 LOCK = ".lock"
+MAX_FOLDER_NAME = 200  # bytes
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -117,6 +120,19 @@ class RunFolder:
             summary.write(self.path / "summary.json")
         if records:
             plot_rounds(records, self.path / "rounds.png")
+
+
+def folder_name(client: str) -> str:
+    """
+    A folder name for a client: its own where that can be one, and for every name another, inside the folder that it is
+    put in.
+    """
+    name = re.sub(r'[/\\:*?"<>|%\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", client)
+    if name.startswith(".") or name in RUN_FILES:  # `.`, `..`, hidden, or in the way of the run's own
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name.encode()) > MAX_FOLDER_NAME:
+        name = f"{name.encode()[:MAX_FOLDER_NAME].decode(errors='ignore')}%{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+    return name
 
 
 def library_versions() -> dict[str, str]:

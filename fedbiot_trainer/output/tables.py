@@ -78,7 +78,7 @@ def result_table(summary: RunSummary) -> Table:
 
 
 def _number(metric: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.1%}" if metric.startswith(SHARES) else f"{value:{sign}.4f}"
+    return f"{value:{sign}.1%}" if any(share in metric for share in SHARES) else f"{value:{sign}.4f}"
 
 
 def format_bytes(size: float) -> str:

@@ -69,7 +69,8 @@ class Trackers:
             "adap_emu_token_accuracy",
             "adap_fu_token_accuracy",
         )
-        self.log({name: getattr(record, name) for name in scores}, **logs)
+        by_set = {f"{who}_{name}": value for who, found in record.evaluations.items() for name, value in found.items()}
+        self.log({name: getattr(record, name) for name in scores} | by_set, **logs)
 
     def log(self, evaluated: dict[str, float | None], **logs: float | None):
         """Log scalars; those in `evaluated` as results of an evaluation."""

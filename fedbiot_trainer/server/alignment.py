@@ -57,6 +57,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     """
 
     lora_name = EMULATOR
+    text_name = "`public_dataset`"
     loss_is_scaled_for_ga = True
     _tag_names = ["trl", "fedbiot"]
 
@@ -83,11 +84,12 @@ class EmulatorAlignmentTrainer(RoundTrainer):
                 f"`num_adapter_layers` is {args.num_adapter_layers}, which takes all layers, so there is no emulator to "
                 "align. Leave some layers to it."
             )
-        self.models = model
+        self.models, given = model, args
         model.move(args.device, args.offload_full_model)
         args = args.alignment_arguments()
         args.model_init_kwargs = None
         super().__init__(model.adap_emu, args, total_steps or args.max_steps, train_dataset, **kwargs)
+        model.align_tokens(self.processing_class, given)
         self.head = OutputHead(causal_lm(model.adap_fu))  # FSDP2 shards the emulator's
         if args.alignment_kl_weight > 0:
             with runnable(model.adap_emu, self.accelerator):

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..shared.lora_state import CLIENT, EMULATOR, LoraState, get_lora_state, save_lora, set_lora_state, traveling
+from ..shared.tokenizers import prepare_tokenizer
 from ..wire.messages import ClientUpdate, LocalWork, PayloadError, RoundStart, RoundStarts
 from ..wire.package import EmulatorPackage
 from .aggregation import Aggregate, make_aggregator
@@ -54,8 +55,9 @@ class FederatedServer:
         emulator_peft_config: LoraConfig | None = None,
     ):
         self.args = args
-        self.processing_class = processing_class
+        self.processing_class = prepare_tokenizer(processing_class, args)
         self.models = SplitModel.from_config(model, args, peft_config, emulator_peft_config)
+        self.models.align_tokens(self.processing_class, args)
         self.client_lora = get_lora_state(self.models.adap_emu, CLIENT)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
         self.client_steps: dict[str, int] = {}
@@ -184,6 +186,11 @@ class FederatedServer:
                     "`aggregation_weights='uniform'`."
                 )
         return aggregate
+
+    def save_tokenizer(self, folder: str | Path):
+        """Write what belongs to the full model with the client LoRA: tokenizer, chat template, end tokens."""
+        self.processing_class.save_pretrained(folder)
+        self.models.adap_fu.generation_config.save_pretrained(folder)
 
     def save_client_lora(self, folder: str | Path, model_name: str | None):
         """Write the client LoRA as a PEFT folder for the full model, with the full model's layer indices."""

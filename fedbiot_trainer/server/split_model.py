@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import FedBiOTConfig
 from ..shared.lora_layers import fuse_loras
 from ..shared.lora_state import CLIENT, EMULATOR, LoraState, add_loras, get_lora_state, set_lora_state
 from ..shared.quantized import num_weights, refuse_unsavable
 from ..shared.records import ParameterCounts
+from ..shared.tokenizers import align_model
 from ..wire.package import EmulatorPackage
 from .emulator import drop_layers
 from .lora_placement import DEFAULT_LORA, place_lora, resolve_peft_config, with_rank
@@ -91,6 +92,11 @@ class SplitModel:
                         parameter.data = parameter.data.to(device)
         else:
             self.adap_fu.to(device)
+
+    def align_tokens(self, tokenizer: PreTrainedTokenizerBase, args: FedBiOTConfig):
+        """Let the configurations of all three models name the end token that `args` ask for."""
+        for model in (self.package_model, self.adap_emu, self.adap_fu):
+            align_model(model, tokenizer, args)
 
     @classmethod
     def from_config(

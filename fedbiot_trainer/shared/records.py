@@ -52,6 +52,8 @@ class RoundRecord:
         server_round (`int`): The round, counted from 1.
         zero_shot_loss, adap_emu_loss, adap_fu_loss (`float`, *optional*): On the held-out text.
         adap_emu_token_accuracy, adap_fu_token_accuracy (`float`, *optional*): On the same text.
+        evaluations (`dict[str, dict[str, float]]`): By `adap_emu` and `adap_fu`, the scores of each of several held-out
+            sets (`<name>_loss`, `<name>_token_accuracy`), whose mean over all tokens is above.
         drift_l2, drift_kl (`float`, *optional*): Distance of the emulator from the full model on that text.
         alignment_l2, alignment_kl (`float`, *optional*): Means of the last ten alignment steps of this round.
         client_losses (`dict[str, float]`): Mean training loss of each client whose update was used.
@@ -72,6 +74,7 @@ class RoundRecord:
     adap_fu_loss: float | None = None
     adap_emu_token_accuracy: float | None = None
     adap_fu_token_accuracy: float | None = None
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     drift_l2: float | None = None
     drift_kl: float | None = None
     alignment_l2: float | None = None

@@ -1,16 +1,19 @@
 """What the client's trainer and the alignment trainer have in common: many short trainings of one LoRA."""
 
+import copy
 import gc
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
-from transformers import get_scheduler, set_seed
+from transformers import AutoTokenizer, get_scheduler, set_seed
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
@@ -18,6 +21,11 @@ from .compat import ignore_in_ddp, set_rates
 from .lora_state import CLIENT, set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
+from .texts import blank_rows, check_texts, subject, text_columns, token_lengths, trained_tokens, without_other_forms
+from .tokenizers import align_model, prepare_tokenizer
+
+
+logger = logging.get_logger(__name__)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -87,6 +95,7 @@ class RoundTrainer(SFTTrainer):
     """
 
     lora_name: str
+    text_name = "`train_dataset`"
 
     def __init__(
         self,
@@ -97,25 +106,32 @@ class RoundTrainer(SFTTrainer):
         share_accelerator: "RoundTrainer | None" = None,
         **kwargs,
     ):
-        if not isinstance(train_dataset, Dataset):
-            raise TypeError(
-                f"`train_dataset` must be a `datasets.Dataset`, got {type(train_dataset).__name__}. Rounds need to "
-                "know where in the data they are, which a stream cannot tell."
-            )
+        if kwargs.get("formatting_func") is None:
+            check_texts(train_dataset, self.text_name, args.dataset_text_field)
         if kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("`optimizers` cannot be passed: every round starts with a fresh optimizer.")
         self._accelerator_from = share_accelerator
         self._deepspeed: DeepSpeedSettings | None = None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        tokenizer = kwargs.pop("processing_class", None)
+        if tokenizer is None:
+            name = model.config.name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        tokenizer = prepare_tokenizer(tokenizer, args)
+        align_model(model, tokenizer, args)
+        # That is done: TRL would resize the embedding for a chat template of other tokenizers.
+        args = copy.copy(args)
+        args.eos_token = args.chat_template_path = None
         # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
         model.requires_grad_(False)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
         self.steps_done = 0
         self.total_steps = total_steps
         self.schedule_start: int | None = None
         self.step_metrics: dict[str, list[float]] = defaultdict(list)
         self._check_vocabulary()
+        self._check_positions(self.train_dataset, self.text_name)
         check_gradient(self.model)
 
     def create_accelerator_and_postprocess(self):
@@ -139,35 +155,88 @@ class RoundTrainer(SFTTrainer):
                 "the model's own tokenizer, or resize the full model's embedding before you split it."
             )
 
-    def prepare(self, dataset: Dataset, name: str, packing: bool | None = None) -> Dataset:
+    def prepare(self, dataset: Dataset, name: str, packing: bool | None = None) -> tuple[Dataset, int]:
         """
-        Tokenize a dataset as the trainer's own is.
+        Tokenize a dataset as the trainer's own is, without the rows that have no token to train on.
 
         Args:
             dataset ([`~datasets.Dataset`]): Text, in any form that [`~trl.SFTTrainer`] takes.
             name (`str`): What errors call it.
             packing (`bool`, *optional*): Defaults to `args.packing`.
 
+        Returns:
+            `tuple[Dataset, int]`: The tokenized text, and of how many rows of `dataset` it is.
+
         Raises:
-            ValueError: If it has no example with a token to train on.
+            TypeError, ValueError: If it is no text, nothing of it can be trained on, or a text is longer than the model's
+                positions.
         """
-        if len(dataset) == 0:
-            raise ValueError(f"The dataset of {name} is empty.")
         packing = self.args.packing if packing is None else packing
-        prepared = self._prepare_dataset(
+        blank = set()
+        if self._formatting_func is None:
+            check_texts(dataset, name, self.args.dataset_text_field)
+            blank = blank_rows(dataset, self._trained_columns(dataset, name))
+        texts = dataset.select([row for row in range(len(dataset)) if row not in blank]) if blank else dataset
+        whole = copy.copy(self.args)
+        if packing:  # which cuts texts itself
+            whole.max_length, whole.shuffle_dataset = None, False
+        prepared = self._prepare(texts, whole, False, name) if len(texts) else texts
+        bound = self.args.max_length if packing and self.args.packing_strategy == "bfd" else None
+        tokens = trained_tokens(prepared, bound) if len(prepared) else np.zeros(0)
+        num_examples = int((tokens > 0).sum())
+        if num_examples == 0:
+            raise ValueError(
+                f"{subject(name)} has no token to train on: each of its {len(dataset)} examples is empty, or "
+                f"everything within `max_length` ({self.args.max_length}) is masked. Raise `max_length`, or check the "
+                "completions."
+            )
+        if num_examples < len(dataset):
+            logger.warning(
+                f"{len(dataset) - num_examples} of the {len(dataset)} examples of {name} are left out and do not count: "
+                f"they are empty, or everything within `max_length` ({self.args.max_length}) is masked."
+            )
+        if num_examples < len(prepared):
+            prepared = prepared.select(np.flatnonzero(tokens))
+        if packing:
+            prepared = self._prepare(prepared, self.args, True, name)
+        self._check_positions(prepared, name)
+        return prepared, num_examples
+
+    def _prepare(self, dataset, args, packing, name):
+        return self._prepare_dataset(
             dataset=dataset,
             processing_class=self.processing_class,
-            args=self.args,
+            args=args,
             packing=packing,
             formatting_func=self._formatting_func,
             dataset_name=name,
         )
-        if len(prepared) == 0:
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if isinstance(dataset, Dataset) and formatting_func is None:
+            dataset = without_other_forms(dataset, dataset_name, args.dataset_text_field)
+        return super()._prepare_dataset(
+            dataset=dataset,
+            processing_class=processing_class,
+            args=args,
+            packing=packing,
+            formatting_func=formatting_func,
+            dataset_name=dataset_name,
+        )
+
+    def _trained_columns(self, dataset, name) -> tuple[str, ...]:
+        columns = text_columns(dataset, name, self.args.dataset_text_field)
+        return columns[-1:] if self.completion_only_loss else columns
+
+    def _check_positions(self, tokens: Dataset, name: str):
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = int(token_lengths(tokens).max(initial=0))
+        if positions is not None and longest > positions:
             raise ValueError(
-                f"The dataset of {name} has no token to train on: in each of its {len(dataset)} examples everything "
-                f"within `max_length` ({self.args.max_length}) is masked. Raise `max_length`, or check the completions."
+                f"`max_length` is {self.args.max_length}, and the longest text of {name} has {longest} tokens, but the "
+                f"model has {positions} positions (`config.max_position_embeddings`). Set `max_length` to {positions} at "
+                "most."
             )
-        return prepared
 
     def record(self, name: str, value: torch.Tensor):
         """Keep a scalar of this step, for the logs and for `step_metrics`."""
