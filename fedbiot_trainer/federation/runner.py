@@ -1,5 +1,6 @@
 """A whole federated run in one object, as a trainer is a whole training."""
 
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from ..output.tables import result_lines, result_table, split_table
 from ..output.trackers import Trackers
 from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
+from ..shared.chat_template import with_chat_template
 from ..shared.records import RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..wire.package import load_model
@@ -123,7 +125,13 @@ class FederatedRunner:
                 model = load_model(model, **init_kwargs)
             if processing_class is None:
                 raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
+            # Trainers fill in what a tokenizer lacks; the caller's stays as it is.
+            if args.chat_template_path is not None:
+                processing_class = with_chat_template(processing_class, args.chat_template_path)
+            else:
+                processing_class = copy.deepcopy(processing_class)
             inner_args = args.quiet()
+            inner_args.chat_template_path = None
             self.server = FederatedServer(
                 model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
             )

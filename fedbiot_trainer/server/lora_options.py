@@ -63,6 +63,8 @@ def check_lora_options(config: LoraConfig, argument: str = "peft_config"):
             continue
         reason = REASONS.get(field.name, "it is not known here what it changes")
         raise ValueError(f"`{field.name}` is {value!r} in `{argument}`, but {reason}. Leave it out.")
+    if config._custom_modules:
+        raise ValueError(f"`{argument}` has custom LoRA layers, which are not known here. Leave them out.")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
             f"`task_type` is '{config.task_type}' in `{argument}`, but the model is a causal LM. Use 'CAUSAL_LM'."

@@ -1,5 +1,6 @@
 """What the client's trainer and the alignment trainer have in common: many short trainings of one LoRA."""
 
+import copy
 import gc
 import math
 from collections import defaultdict
@@ -11,10 +12,11 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
-from transformers import get_scheduler, set_seed
+from transformers import AutoTokenizer, get_scheduler, set_seed
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
+from .chat_template import with_chat_template
 from .lora_state import set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
@@ -108,6 +110,12 @@ class RoundTrainer(SFTTrainer):
         self._deepspeed: DeepSpeedSettings | None = None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        if args.chat_template_path is not None:
+            # TRL would resize the model's embeddings, which are the full model's.
+            tokenizer = kwargs.get("processing_class") or AutoTokenizer.from_pretrained(model.config._name_or_path)
+            kwargs["processing_class"] = with_chat_template(tokenizer, args.chat_template_path)
+            args = copy.copy(args)
+            args.chat_template_path = None
         # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
         model.requires_grad_(False)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
