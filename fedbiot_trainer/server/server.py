@@ -10,10 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import FedBiOTConfig
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, save_lora, set_lora_state
+from ..shared.processes import is_sharded
 from ..wire.messages import ClientUpdate, LocalWork, PayloadError, RoundStart, RoundStarts
 from ..wire.package import EmulatorPackage
 from .aggregation import Aggregate, FederatedAverage
 from .alignment import EmulatorAlignmentTrainer
+from .split_check import check_split
 from .split_model import SplitModel
 
 
@@ -67,6 +69,8 @@ class FederatedServer:
                 total_steps=args.initial_alignment_steps + args.num_rounds * args.alignment_steps,
                 processing_class=processing_class,
             )
+        elif self.models.split.dropped and not any(map(is_sharded, model.parameters())):
+            check_split(self.models, args.device, cached=False)  # the trainer does it otherwise
 
     def install_loras(self):
         """Put the server's state of both LoRAs into the modules, the client LoRA into the full model as well."""

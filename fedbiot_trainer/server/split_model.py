@@ -16,6 +16,7 @@ from ..wire.package import EmulatorPackage
 from .emulator import drop_layers
 from .lora_placement import DEFAULT_LORA, check_placement, place_loras, with_rank
 from .split import choose_split
+from .wiring import Wiring
 
 
 class SplitModel:
@@ -27,6 +28,7 @@ class SplitModel:
         package_model (`PreTrainedModel`): Emulator + adapter layers without any LoRA, as clients receive it.
         adap_emu (`PeftModel`): Emulator + adapter layers with the client LoRA and the emulator LoRA active.
         adap_fu (`PeftModel`): The full model with the client LoRA at the full model's layer indices.
+        wiring ([`Wiring`], *optional*): What decoder layers hand on to one another, once a forward pass has shown it.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class SplitModel:
             check_placement(self.adap_emu, lora_name, placement)
         self.adap_fu.requires_grad_(False)
         self.adap_fu.eval()
+        self.wiring: Wiring | None = None
         self._offloaded = False
         self.plug_in(get_lora_state(self.adap_emu, CLIENT))
 
