@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 from ..client.proximal import proximal_term
 from ..config import FedBiOTConfig
 from ..server.capture import capture, causal_lm, run_adapter_layers, run_full_model
-from ..server.lora_placement import DEFAULT_LORA, place_lora, resolve_peft_config
+from ..server.lora_placement import DEFAULT_LORA, place_lora
 from ..server.split_model import SplitModel
 from ..shared.compat import storage_key
 from ..shared.lora_layers import folded_loras
@@ -83,13 +83,13 @@ def plan(
         split, layers = models.split, tuple(range(models.split.num_layers))
         states = [get_lora_state(models.adap_emu, lora_name) for lora_name in (CLIENT, EMULATOR)]
         weights, package_weights = _num_bytes(full.parameters()), _num_bytes(models.package_model.parameters())
-        peft_config = resolve_peft_config(peft_config or LoraConfig(**DEFAULT_LORA), full, split, layers)
+        everywhere = place_lora(peft_config or LoraConfig(**DEFAULT_LORA), full, split, layers)
         try:
             server = _alignment_costs(models, args, public_examples)
             set_trainable_lora(models.adap_emu, CLIENT, args.freeze_a)
             fedbiot = _client_costs(models.adap_emu, args)
             full_finetuning = _client_costs(full.requires_grad_(True), args)
-            full_lora = _client_costs(get_peft_model(full, place_lora(peft_config, split, layers)), args)
+            full_lora = _client_costs(get_peft_model(full, everywhere.peft_config(full)), args)
         except RuntimeError as error:
             raise ValueError(f"`model` is {name}, which cannot run without data: {error}. Measure a run.") from error
     # As the server sends them, and as a client without a name and metrics answers.

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
@@ -19,7 +20,8 @@ from ..shared.processes import is_zero3, runnable, shards_parameters
 from ..shared.round_trainer import RoundTrainer
 from ..wire.package import load_model
 from .capture import Captured, OutputHead, capture, causal_lm, run_adapter_layers, run_full_model
-from .hidden_states import GB, HiddenStateStore, fill_store, store_folder, tensors_digest, texts_digest
+from .hidden_states import GB, HiddenStateStore, fill_store, model_digest, store_folder, texts_digest
+from .split_check import check_split
 from .split_model import SplitModel
 
 
@@ -91,8 +93,9 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         super().__init__(model.adap_emu, args, total_steps or args.max_steps, train_dataset, **kwargs)
         model.align_tokens(self.processing_class, given)
         self.head = OutputHead(causal_lm(model.adap_fu))  # FSDP2 shards the emulator's
-        if args.alignment_kl_weight > 0:
-            with runnable(model.adap_emu, self.accelerator):
+        with runnable(model.adap_emu, self.accelerator):
+            check_split(model, args.device, not is_zero3(self.accelerator), args.teacher == "cached")
+            if args.alignment_kl_weight > 0:
                 self.head.check(model, args.device)
         self.store: HiddenStateStore | None = None
         if args.teacher == "cached":
@@ -117,13 +120,15 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         self.train_dataset = self.train_dataset.add_column(PLACE, places)
         self._inner_collator, self.data_collator = self.data_collator, self._collate
         self._hidden_size = causal_lm(self.model).config.get_text_config().hidden_size
-        num_tokens = sum(self._lengths[:num_needed])
-        num_bytes = num_tokens * self._hidden_size * self._states_dtype.itemsize
+        self._width = self._hidden_size + sum(width for _, width in self.models.wiring.carried)
+        store = HiddenStateStore(None, self._lengths, self._width, self._states_dtype)
+        num_bytes = store.num_bytes(num_needed)
         if num_bytes > self.args.teacher_cache_max_gb * GB:
             raise ValueError(
                 f"`teacher_cache_max_gb` is {self.args.teacher_cache_max_gb}, but the hidden states of {num_needed} "
-                f"public texts ({num_tokens} tokens x {self._hidden_size} x {self._states_dtype}) take "
-                f"{num_bytes / GB:.2g} GB. Raise it, pass less public text, or set `teacher='online'`."
+                f"public texts ({num_bytes // (self._width * self._states_dtype.itemsize)} tokens x {self._width} x "
+                f"{self._states_dtype}, in whole files) take {num_bytes / GB:.2g} GB. Raise it, pass less public text, "
+                "or set `teacher='online'`."
             )
 
     @property
@@ -146,17 +151,20 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         num_texts = 1 + max(self._places[row] for row in sampler.rows())
         if self.store is not None and self.store.has(num_texts):
             return
-        tensors = ((name.replace(".base_layer", ""), p) for name, p in self.models.adap_fu.named_parameters())
+        full = causal_lm(self.models.adap_fu)
         folder = store_folder(
             self.args.teacher_cache_dir,
-            model=tensors_digest((name, p) for name, p in tensors if "lora_" not in name),
-            config={**self.models.adap_fu.config.to_diff_dict(), "_name_or_path": None},
+            model=model_digest(full),
+            architecture=f"{type(full).__module__}.{type(full).__qualname__}",
+            attention=full.config._attn_implementation,
+            transformers=transformers.__version__,
+            config={**full.config.to_diff_dict(), "_name_or_path": None},
             layer=self.models.split.top_index,
             texts=texts_digest(self._texts),
             dtype=str(self._states_dtype),
             mixed_precision=self.accelerator.mixed_precision,
         )
-        store = HiddenStateStore(folder, self._lengths, self._hidden_size, self._states_dtype)
+        store = HiddenStateStore(folder, self._lengths, self._width, self._states_dtype)
         if self.accelerator.is_local_main_process:
             store.make_room(num_texts, self.args.teacher_cache_max_gb * GB)
         bar = tqdm(desc="Hidden states of the public text", disable=self.args.disable_tqdm or on_progress is not None)
@@ -180,7 +188,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         mask = inputs["attention_mask"]
         with self.accelerator.autocast():
             states = run_full_model(self.models, {"input_ids": inputs["input_ids"], "attention_mask": mask})
-        return states.entering[mask.bool()]
+        return states.states[mask.bool()]
 
     def _collate(self, examples):
         """A padded batch, with the stored hidden states where it is not padding."""
@@ -188,7 +196,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         batch = self._inner_collator(examples)
         if self.store is not None and None not in places:  # other text than the public one has no place
             mask = batch["attention_mask"].bool()
-            batch[STATES] = torch.zeros(*mask.shape, self._hidden_size, dtype=self.store.dtype)
+            batch[STATES] = torch.zeros(*mask.shape, self._width, dtype=self.store.dtype)
             batch[STATES][mask] = torch.cat([self.store[place] for place in places])
         return batch
 
@@ -218,7 +226,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             if STATES not in inputs:
                 return run_full_model(self.models, text)
             if self.args.alignment_kl_weight == 0:
-                return Captured(entering=inputs[STATES])
+                return Captured(entering=inputs[STATES][..., : self._hidden_size])
             return run_adapter_layers(self.models, text, inputs[STATES])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -12,6 +12,10 @@ from transformers import PreTrainedModel
 
 from ..shared.processes import gathered
 from .split_model import SplitModel
+from .wiring import Wiring, bypassed
+
+
+HIDDEN_ALONE = Wiring()
 
 
 @dataclass
@@ -23,10 +27,17 @@ class Captured:
         entering (`torch.Tensor`): Hidden states that enter the adapter layers, `(batch_size, sequence_length,
             hidden_size)`.
         last (`torch.Tensor`): Hidden states that enter the output head, of the same shape.
+        carried (`list[torch.Tensor]`): What else the layers below hand on to the adapter layers.
     """
 
     entering: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    carried: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def states(self) -> torch.Tensor:
+        """All that enters the adapter layers, side by side, `(batch_size, sequence_length, width)`."""
+        return torch.cat([self.entering, *self.carried], dim=-1) if self.carried else self.entering
 
 
 def causal_lm(model: PeftModel) -> PreTrainedModel:
@@ -35,13 +46,13 @@ def causal_lm(model: PeftModel) -> PreTrainedModel:
 
 
 @contextmanager
-def capture(model: PeftModel, layers_name: str, index: int) -> Iterator[Captured]:
+def capture(model: PeftModel, layers_name: str, index: int, wiring: Wiring = HIDDEN_ALONE) -> Iterator[Captured]:
     """Keep what enters decoder layer `index`, and what the decoder puts out."""
     captured = Captured()
     model, (decoder_name, _, _) = causal_lm(model), layers_name.rpartition(".")
 
     def enter(module, args, kwargs):
-        captured.entering = args[0] if args else kwargs["hidden_states"]
+        captured.entering, *captured.carried = wiring.entering(args, kwargs)
 
     def leave(module, args, output):
         captured.last = output[0]
@@ -58,27 +69,21 @@ def capture(model: PeftModel, layers_name: str, index: int) -> Iterator[Captured
 
 
 @contextmanager
-def entering_at(model: PeftModel, layers_name: str, index: int, states: torch.Tensor) -> Iterator[None]:
-    """Let the decoder start at layer `index`, with `states` entering there: the layers below are passed through."""
+def entering_at(
+    model: PeftModel, layers_name: str, index: int, states: torch.Tensor, wiring: Wiring = HIDDEN_ALONE
+) -> Iterator[None]:
+    """Let the decoder start at layer `index`, with `states` ([`Captured.states`]) entering there."""
     layers = causal_lm(model).get_submodule(layers_name)
 
-    def pass_through(*args, **kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        # Whether the decoder takes a layer's output as it is or its first element, the next layer gets the tensor.
-        return hidden if isinstance(hidden, tuple) else (hidden,)
-
     def enter(module, args, kwargs):
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+        return wiring.replace(args, kwargs, states)
 
     hook = layers[index].register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        for layer in layers[:index]:
-            layer.forward = pass_through
-        yield
+        with bypassed(layers, range(index), wiring):
+            yield
     finally:
         hook.remove()
-        for layer in layers[:index]:
-            vars(layer).pop("forward", None)
 
 
 class OutputHead:
@@ -134,11 +139,21 @@ class OutputHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def wiring_of(models: SplitModel, inputs: dict[str, torch.Tensor]) -> Wiring:
+    """How the layers are wired, seen with `inputs` the first time that it is asked."""
+    if models.wiring is None:
+        emulator = models.adap_emu
+        run = lambda: causal_lm(emulator).base_model(**inputs, use_cache=False)  # noqa: E731
+        with torch.no_grad():
+            models.wiring = Wiring.of(causal_lm(emulator), models.split.layers_name, run)
+    return models.wiring
+
+
 @torch.no_grad()
 def run_full_model(models: SplitModel, inputs: dict[str, torch.Tensor]) -> Captured:
     """The hidden states of the full model, with the client LoRA in it, for `input_ids` and `attention_mask`."""
     full, split = models.adap_fu, models.split
-    with capture(full, split.layers_name, split.top_index) as captured:
+    with capture(full, split.layers_name, split.top_index, models.wiring or HIDDEN_ALONE) as captured:
         causal_lm(full).base_model(**inputs, use_cache=False)
     return captured
 
@@ -151,13 +166,14 @@ def run_adapter_layers(models: SplitModel, inputs: dict[str, torch.Tensor], stat
     Args:
         models ([`SplitModel`]): Its emulator is used, which has the full model's adapter layers and the client LoRA.
         inputs (`dict`): `input_ids` and `attention_mask` of the batch, `(batch_size, sequence_length)`.
-        states (`torch.Tensor`): What enters the adapter layers in the full model, `(batch_size, sequence_length,
-            hidden_size)`.
+        states (`torch.Tensor`): What enters the adapter layers in the full model, [`Captured.states`], `(batch_size,
+            sequence_length, width)`.
     """
     emulator, split = models.adap_emu, models.split
+    wiring = wiring_of(models, inputs)
     with (
-        entering_at(emulator, split.layers_name, split.top_position, states),
-        capture(emulator, split.layers_name, split.top_position) as captured,
+        entering_at(emulator, split.layers_name, split.top_position, states, wiring),
+        capture(emulator, split.layers_name, split.top_position, wiring) as captured,
     ):
         if isinstance(emulator, FSDPModule):  # must see the forward pass of the whole model; no logits are wanted
             emulator(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=states.device))

@@ -53,6 +53,11 @@ def _refuse_entangled_layers(model):
                 "depends on its position or on other layers, and dropping layers would change what the others compute."
             )
     for path, module in model.named_modules():
+        if getattr(config, "rescale_every", 0) and getattr(module, "layers_are_rescaled", False):
+            raise ValueError(
+                f"`model` is {type(model).__name__}, which has been evaluated, and scales its weights in place then, by "
+                "the position of the layer. Pass a freshly loaded model."
+            )
         if "forward" in vars(module):
             raise ValueError(
                 f"`model` is {type(model).__name__} whose `{path or 'forward'}` was patched by another library (a "
@@ -69,6 +74,15 @@ def _shrink_config(config: PretrainedConfig, split: LayerSplit) -> PretrainedCon
         if per_layer and not name.endswith("token_id") and name != "architectures":
             setattr(text_config, name, type(value)(value[i] for i in split.full_indices))
     text_config.num_hidden_layers = len(split.full_indices)
+    overrides = text_config.to_dict().get("per_layer_config")
+    if overrides:
+        overrides = {int(index): changes for index, changes in overrides.items()}
+        text_config.per_layer_config = None
+        text_config.per_layer_config = {
+            position: overrides[full] for position, full in enumerate(split.full_indices) if full in overrides
+        }
+    if getattr(text_config, "rescale_every", None):
+        text_config.rescale_every = 0  # RWKV would scale weights in place, and the full model's are the emulator's
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
         skipped = getattr(getattr(config, "quantization_config", None), name, None)
         if skipped is not None:

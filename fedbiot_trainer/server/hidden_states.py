@@ -16,6 +16,7 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ..shared.processes import deal, gathered
 
@@ -33,13 +34,14 @@ class HiddenStateStore:
     that was damaged or only half written is recognized, and made again without the others.
 
     Args:
-        folder (`Path`): Where the shards are. Another folder for other content: see [`store_folder`].
+        folder (`Path`, *optional*): Where the shards are. Another folder for other content: see [`store_folder`].
+            `None` for a store that is only measured.
         lengths (`list[int]`): Tokens of each text.
-        hidden_size (`int`): Size of a hidden state.
+        hidden_size (`int`): Size of a hidden state, and of what else is kept for a token.
         dtype (`torch.dtype`): Its dtype.
     """
 
-    def __init__(self, folder: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype):
+    def __init__(self, folder: Path | None, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype):
         self.folder, self.lengths, self.hidden_size, self.dtype = folder, list(lengths), hidden_size, dtype
         self.shards: list[range] = []
         start = tokens = 0
@@ -52,8 +54,12 @@ class HiddenStateStore:
         self._slices: dict[int, object] = {}
 
     def num_bytes(self, num_texts: int) -> int:
-        """Size of the hidden states of the first `num_texts` texts in bytes, without the files' headers."""
-        return sum(self.lengths[:num_texts]) * self.hidden_size * self.dtype.itemsize
+        """Size of the shards that hold the first `num_texts` texts in bytes, without the files' headers."""
+        return sum(map(self._shard_bytes, self._shards_of(num_texts)))
+
+    def _shard_bytes(self, shard: int) -> int:
+        rows = self.shards[shard]
+        return sum(self.lengths[rows.start : rows.stop]) * self.hidden_size * self.dtype.itemsize
 
     def has(self, num_texts: int) -> bool:
         """Whether the first `num_texts` texts are there and open."""
@@ -113,7 +119,7 @@ class HiddenStateStore:
     def make_room(self, num_texts: int, max_bytes: float):
         """
         Delete the stores beside this one that were used least recently, until all have at most `max_bytes` together
-        with the first `num_texts` texts of this one.
+        with what this one will have once the first `num_texts` texts are in it.
 
         Raises:
             OSError: If the disk is too full for this one.
@@ -121,18 +127,18 @@ class HiddenStateStore:
         others = [path for path in self.folder.parent.glob("*/store.json") if path.parent != self.folder]
         others.sort(key=lambda path: path.parent.stat().st_mtime)
         sizes = [sum(file.stat().st_size for file in path.parent.iterdir()) for path in others]
-        wanted = self.num_bytes(num_texts)
-        excess = sum(sizes) + wanted - max_bytes
+        missing = sum(map(self._shard_bytes, self.missing(num_texts)))
+        own = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        excess = sum(sizes) + own + missing - max_bytes
         for path, size in zip(others, sizes, strict=True):
             if excess <= 0:
                 break
             shutil.rmtree(path.parent)
             excess -= size
-        wanted -= sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         free = shutil.disk_usage(self.folder).free
-        if free < wanted:
+        if free < missing:
             raise OSError(
-                f"The hidden states of the public text take {wanted / GB:.2g} GB, but only {free / GB:.2g} GB "
+                f"The hidden states of the public text take {missing / GB:.2g} GB, but only {free / GB:.2g} GB "
                 f"are free in `teacher_cache_dir` ('{self.folder.parent}'). Choose another folder, pass less public "
                 "text, or set `teacher='online'`."
             )
@@ -200,6 +206,16 @@ def store_folder(cache_dir: str | None, **content) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "store.json").write_text(text + "\n")
     return folder
+
+
+def model_digest(model: nn.Module) -> str:
+    """A digest of all that a model computes with, LoRAs apart: parameters, and buffers as well."""
+    tensors = (
+        (name.replace(".base_layer", ""), tensor)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if "lora_" not in name
+    )
+    return tensors_digest(tensors)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -1,18 +1,39 @@
-"""Where the two LoRAs go: a user's LoRA configuration, checked and resolved for a split."""
+"""
+Where the two LoRAs go: module by module, decided here and checked after PEFT has put them on.
+
+PEFT reads names, patterns and layer numbers, and reads them differently for mixtures of experts, vision towers and full
+paths. So a user's configuration is resolved once, on the full model, to the modules of the adapter layers or of the
+emulator, and PEFT is given the shortest configuration that it reads as exactly these.
+"""
 
 import copy
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
+from ..shared.processes import whole_shape
 from ..shared.quantized import is_linear
+from .lora_options import check_lora_options
 from .split import LayerSplit
 
 
+logger = logging.get_logger(__name__)
+
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
+ALL_LINEAR = "all-linear"
+_PROBE = LoraConfig()
 
 
 def with_rank(config: LoraConfig | None, r: int) -> LoraConfig:
@@ -22,90 +43,263 @@ def with_rank(config: LoraConfig | None, r: int) -> LoraConfig:
     return config
 
 
-def resolve_peft_config(
-    config: LoraConfig, model: PreTrainedModel, split: LayerSplit, layers: tuple[int, ...]
-) -> LoraConfig:
+@dataclass(frozen=True)
+class LoraPlacement:
     """
-    Check a user's LoRA configuration and resolve its target modules to names inside a decoder layer.
+    The modules that get a LoRA.
+
+    Attributes:
+        config ([`~peft.LoraConfig`]): All that does not depend on the module.
+        layers_name (`str`): Qualified name of the decoder layers.
+        modules (`dict[str, tuple[int, float]]`): Rank and alpha by qualified name, in a model of which it is.
+    """
+
+    config: LoraConfig
+    layers_name: str
+    modules: dict[str, tuple[int, float]]
+
+    def renamed(self, rename: Callable[[dict], dict]) -> "LoraPlacement":
+        """The same in a model whose layers have other positions, e.g. with [`LayerSplit.to_emulator`]."""
+        return LoraPlacement(self.config, self.layers_name, rename(self.modules))
+
+    def peft_config(self, model: nn.Module, **changes) -> LoraConfig:
+        """
+        The shortest configuration that PEFT reads as exactly these modules of `model`: last parts of their names with
+        the numbers of their layers, names within a layer, or full names.
+        """
+        config = copy.deepcopy(self.config)
+        config.task_type = "CAUSAL_LM"
+        config.exclude_modules = None
+        config.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in self.modules)
+        for attribute, value in changes.items():
+            setattr(config, attribute, value)
+        ranks = {name: r for name, (r, _) in self.modules.items()}
+        alphas = {name: alpha for name, (_, alpha) in self.modules.items()}
+        config.rank_pattern = {re.escape(name): r for name, r in ranks.items() if r != config.r}
+        config.alpha_pattern = {re.escape(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+        positions, inside = zip(*(_layer_and_name(name, self.layers_name) for name in self.modules), strict=True)
+        for names in ({name.rpartition(".")[2] for name in inside}, set(inside), set(self.modules)):
+            config.target_modules = sorted(names)
+            config.layers_to_transform, config.layers_pattern = None, None
+            if names != self.modules.keys():
+                config.layers_to_transform = sorted(set(positions))
+                config.layers_pattern = [self.layers_name.rpartition(".")[2]]
+            if {name for name, _ in model.named_modules() if check_target_module_exists(config, name)} == set(
+                self.modules
+            ):
+                break
+        return config
+
+
+def place_loras(
+    model: PreTrainedModel, split: LayerSplit, peft_config: LoraConfig, emulator_peft_config: LoraConfig | None = None
+) -> tuple[LoraPlacement, LoraPlacement | None]:
+    """
+    Decide where the client LoRA and the emulator LoRA go.
 
     Args:
-        config ([`~peft.LoraConfig`]): `target_modules` may be `None` (PEFT's choice for the architecture, else all
-            linear layers), `"all-linear"`, a list of names or a regular expression.
         model (`PreTrainedModel`): The full model.
         split ([`LayerSplit`]): Its split.
-        layers (`tuple[int, ...]`): Indices in the full model of the layers that get the LoRA.
+        peft_config ([`~peft.LoraConfig`]): The client LoRA. `target_modules` may be `None` (PEFT's choice for the
+            architecture where every layer has such modules, else all linear layers), `"all-linear"`, names, full names
+            or a regular expression, as may `exclude_modules`; patterns may name layers of the full model.
+        emulator_peft_config ([`~peft.LoraConfig`], *optional*): The emulator LoRA. Defaults to `peft_config`.
 
     Returns:
-        [`~peft.LoraConfig`]: A copy whose `target_modules` is a list.
+        Two [`LoraPlacement`]s, in names of the full model. The second is `None` if there is no emulator.
 
     Raises:
         TypeError: If it is not a `LoraConfig`.
-        ValueError: If it asks for something other than LoRA matrices on decoder layers, or matches nothing there.
+        ValueError: If an option is not known to be right, a part of it names nothing, or a LoRA would be on no module.
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}.")
-    _refuse_unsupported(config)
-    config = copy.deepcopy(config)
-    targets = config.target_modules
-    if targets is None:
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, "all-linear")
-    if not isinstance(targets, str):
-        targets = sorted(targets)
-    probe = copy.deepcopy(config)
-    probe.target_modules = targets
-    linear, matched, transposed = set(), set(), False
-    for index in layers:
-        layer_name = f"{split.layers_name}.{index}"
-        for path, module in model.get_submodule(layer_name).named_modules():
-            if is_linear(module):
-                linear.add(path)
-                if targets == "all-linear" or check_target_module_exists(probe, f"{layer_name}.{path}"):
-                    matched.add(path)
-                    transposed |= isinstance(module, Conv1D)
+    configs = {"peft_config": peft_config}
+    if emulator_peft_config is not None:
+        configs["emulator_peft_config"] = emulator_peft_config
+    for argument, config in configs.items():
+        check_lora_options(config, argument)
+    client = place_lora(peft_config, model, split, split.adapter_indices)
+    emulator = None
+    if split.kept:
+        emulator = place_lora(emulator_peft_config or peft_config, model, split, split.kept, "emulator")
+    for argument, config in configs.items():
+        _refuse_names_of_nothing(config, argument, model, split)
+    return client, emulator
+
+
+def place_lora(
+    config: LoraConfig, model: PreTrainedModel, split: LayerSplit, layers: Iterable[int], whose: str = "adapter"
+) -> LoraPlacement:
+    """
+    Resolve a checked configuration to modules of the decoder layers `layers` of the full model.
+
+    Raises:
+        ValueError: If it matches none, or such that PEFT puts it on other layers as well.
+    """
+    linears = [_usable_linears(model, f"{split.layers_name}.{index}") for index in layers]
+    chosen = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    chosen = chosen or config.target_modules is None
+    targets = ".*" if chosen else config.target_modules
+    if config.target_modules is None and (known := _peft_choice(model)):
+        if all(any(map(_reader(known), names)) for names in linears):
+            targets = known
+    reads = _reader(targets, config.exclude_modules)
+    matched = [name for names in linears for name in names if reads(name)]
+    named = [] if isinstance(targets, str) else targets
+    renamed = sorted({name for name in map(_last, [*matched, *named]) if _renamed_by_peft(model, name)})
+    if renamed and not chosen:
+        raise ValueError(
+            f"`target_modules` is {_shown(targets)}, but in {type(model).__name__} PEFT takes {', '.join(renamed)} for "
+            "weights of the experts, which it puts a LoRA on in all layers. Leave them out, or use 'all-linear' for "
+            "what can be trained on some layers alone."
+        )
+    matched = [name for name in matched if _last(name) not in renamed]
     if not matched:
+        inside = sorted({_layer_and_name(name, split.layers_name)[1] for names in linears for name in names})
+        hint = "" if whose == "adapter" else " The emulator LoRA takes its own as `emulator_peft_config`."
         raise ValueError(
-            f"`target_modules` is {targets}, which matches no linear layer in the adapter layers of "
-            f"{type(model).__name__}. There are: {', '.join(sorted(linear))}."
+            f"`target_modules` is {_shown(config.target_modules)}, which matches no linear layer in the {whose} layers "
+            f"{list(layers)} of {type(model).__name__}. There are: {', '.join(inside) or 'none'}.{hint}"
         )
-    config.target_modules = _short_names(matched, linear)
-    config.fan_in_fan_out = transposed
-    return config
-
-
-def _refuse_unsupported(config: LoraConfig):
-    refused = {
-        "modules_to_save": "whole modules would leave the server and come back trained",
-        "trainable_token_indices": "embeddings belong to the frozen emulator",
-        "target_parameters": "PEFT cannot restrict it to the adapter layers",
-        "layers_to_transform": "`num_adapter_layers` decides it",
-        "layers_pattern": "it is found from the model",
-        "use_dora": "the proximal term is defined for the product of two matrices",
+    if targets == ".*":
+        _warn_of_experts(model, split, layers, renamed)
+    modules = {
+        name: (
+            config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r),
+            config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha),
+        )
+        for name in matched
     }
-    for name, reason in refused.items():
-        if getattr(config, name, None):
-            raise ValueError(f"`{name}` is {getattr(config, name)} in `peft_config`, but {reason}. Leave it out.")
-    if config.bias != "none":
-        raise ValueError(f"`bias` is '{config.bias}' in `peft_config`, but biases are frozen. Use `bias='none'`.")
-    if config.init_lora_weights not in (True, "gaussian", "orthogonal"):
+    return LoraPlacement(config, split.layers_name, modules)
+
+
+def check_placement(model: PeftModel, lora_name: str, placement: LoraPlacement):
+    """
+    Check that PEFT has put a LoRA where it should be, with the ranks and scalings it should have.
+
+    Raises:
+        ValueError: If not.
+    """
+    base = model.get_base_model()
+    found = {
+        name: (module.r[lora_name], module.lora_alpha[lora_name])
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and lora_name in module.r
+    }
+    if found != placement.modules:
+        odd = [name for name in {**found, **placement.modules} if found.get(name) != placement.modules.get(name)]
         raise ValueError(
-            f"`init_lora_weights` is {config.init_lora_weights!r} in `peft_config`, but a LoRA must start as a zero "
-            "update and leave the base weights alone. Use True, 'gaussian' or 'orthogonal'."
+            f"`model` is {type(base).__name__}, on which PEFT puts the {lora_name} LoRA elsewhere than the split says: "
+            f"{len(odd)} modules differ, first `{odd[0]}` ((rank, alpha) {found.get(odd[0])} instead of "
+            f"{placement.modules.get(odd[0])}). Name other `target_modules`."
         )
 
 
-def _short_names(matched: set[str], linear: set[str]) -> list[str]:
-    """`q_proj` instead of `self_attn.q_proj` where no unmatched module has that name too."""
-    unmatched_names = {path.rpartition(".")[2] for path in linear - matched}
-    names = {path.rpartition(".")[2] for path in matched}
-    return sorted(names) if not names & unmatched_names else sorted(matched)
+def _refuse_names_of_nothing(config: LoraConfig, argument: str, model: PreTrainedModel, split: LayerSplit):
+    """Raise if a name or pattern in `config` is for no module: it would be left out without a word."""
+    layers = sorted({*split.kept, *split.adapter_indices})
+    linear = [name for index in layers for name in _usable_linears(model, f"{split.layers_name}.{index}")]
+    every = [name for name, _ in model.named_modules() if name]
+    entries = [("target_modules", target, _reader([target])) for target in _entries(config.target_modules)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            entries.append((field, pattern, lambda name, p=pattern: get_pattern_key([p], name) == p))
+    entries += [("exclude_modules", name, _reader([name])) for name in _entries(config.exclude_modules)]
+    for field, entry, reads in entries:
+        if not any(map(reads, every if field == "exclude_modules" else linear)):
+            inside = sorted({_layer_and_name(name, split.layers_name)[1] for name in linear})
+            raise ValueError(
+                f"`{field}` has '{entry}' in `{argument}`, which matches no linear layer of {type(model).__name__} in "
+                f"the decoder layers {layers}, which are kept. There are: {', '.join(inside)}."
+            )
 
 
-def place_lora(config: LoraConfig, split: LayerSplit, layers: tuple[int, ...], **changes) -> LoraConfig:
-    """A copy of `config` for the decoder layers at `layers`."""
-    config = copy.deepcopy(config)
-    config.layers_to_transform = list(layers)
-    config.layers_pattern = [split.layers_name.rpartition(".")[2]]
-    config.task_type = "CAUSAL_LM"
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
+def _entries(names) -> list[str]:
+    return [] if names is None or isinstance(names, str) else sorted(names)
+
+
+def _usable_linears(model: PreTrainedModel, layer_name: str) -> list[str]:
+    """Full names of the linear layers within a decoder layer that a LoRA can go on, in the order of the modules."""
+    quantized = getattr(model, "hf_quantizer", None) is not None
+    names = []
+    for path, module in model.get_submodule(layer_name).named_modules():
+        if is_linear(module) and (quantized or _is_a_projection(module)) and _peft_takes(model, _last(path)):
+            names.append(f"{layer_name}.{path}")
+    return names
+
+
+def _is_a_projection(module: nn.Module) -> bool:
+    """Whether it does to shapes what a linear layer does: routers and grouped projections are subclasses that do not."""
+    if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    probe = copy.copy(module)
+    probe._parameters = {
+        name: parameter if parameter is None else torch.empty(whole_shape(parameter), device="meta")
+        for name, parameter in module._parameters.items()
+    }
+    try:
+        output = type(module).forward(probe, torch.empty(2, 3, module.in_features, device="meta"))
+    except Exception:  # whatever a layer of another kind makes of it
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (2, 3, module.out_features)
+
+
+def _peft_choice(model: PreTrainedModel) -> str | list[str] | None:
+    for config in (model.config, model.config.get_text_config()):
+        if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[config.model_type]
+    return None
+
+
+def _reader(targets, excluded=None) -> Callable[[str], bool]:
+    """Whether PEFT reads `targets`, less `excluded`, as naming a module of the full model."""
+    config = LoraConfig(target_modules=targets, exclude_modules=excluded)
+    return lambda name: bool(check_target_module_exists(config, name))
+
+
+def _peft_takes(model: PreTrainedModel, name: str) -> bool:
+    """PEFT refuses projections of state-space layers whose weights are used without calling them."""
+    try:
+        _check_lora_target_modules_mamba(_PROBE, model, name)
+    except ValueError:
+        return False
+    return True
+
+
+def _renamed_by_peft(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT takes `name` in `target_modules` for experts' weights of old, which are one parameter by now."""
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # a part of a fused weight
+        return True
+    return config.target_modules != {name}
+
+
+def _warn_of_experts(model: PreTrainedModel, split: LayerSplit, layers: Iterable[int], renamed: list[str]):
+    frozen = set(renamed)
+    for index in layers:
+        for path, module in model.get_submodule(f"{split.layers_name}.{index}").named_modules():
+            own = any(True for _ in module.parameters(recurse=False))
+            if own and "expert" in f"{path} {type(module).__name__}".lower() and not is_linear(module):
+                frozen.add(path)
+    if frozen:
+        logger.warning_once(
+            f"{type(model).__name__} is a mixture of experts: PEFT cannot train {', '.join(sorted(frozen))} on some "
+            "layers alone, so they stay frozen, and the LoRAs go on the other linear layers."
+        )
+
+
+def _layer_and_name(name: str, layers_name: str) -> tuple[int, str]:
+    """Position of its decoder layer and name within it."""
+    index, _, inside = name.removeprefix(f"{layers_name}.").partition(".")
+    return int(index), inside
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _shown(targets):
+    return targets if targets is None or isinstance(targets, str) else sorted(targets)

@@ -11,11 +11,13 @@ from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..shared.lora_state import CLIENT, EMULATOR, LoraState, get_lora_state, save_lora, set_lora_state, traveling
+from ..shared.processes import is_sharded
 from ..shared.tokenizers import prepare_tokenizer
 from ..wire.messages import ClientUpdate, LocalWork, PayloadError, RoundStart, RoundStarts
 from ..wire.package import EmulatorPackage
 from .aggregation import Aggregate, make_aggregator
 from .alignment import EmulatorAlignmentTrainer
+from .split_check import check_split
 from .split_model import SplitModel
 
 
@@ -78,6 +80,8 @@ class FederatedServer:
                 total_steps=args.initial_alignment_steps + args.num_rounds * args.alignment_steps,
                 processing_class=processing_class,
             )
+        elif self.models.split.dropped and not any(map(is_sharded, model.parameters())):
+            check_split(self.models, args.device, cached=False)  # the trainer does it otherwise
 
     def install_loras(self):
         """Put the server's state of both LoRAs into the modules, the client LoRA into the full model as well."""

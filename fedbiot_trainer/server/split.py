@@ -114,7 +114,8 @@ def kept_layer_indices(num_emulator_layers: int, drop_ratio: float) -> tuple[int
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
-    Find the stack of decoder layers: the outermost `ModuleList` as long as the config says the decoder is deep.
+    Find the stack of decoder layers: the outermost `ModuleList` as long as the config says the decoder is deep, within
+    the decoder of text where a model has towers for images or sound as well.
 
     Raises:
         ValueError: If the model is an encoder-decoder, or has no such list or several.
@@ -124,7 +125,9 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"`model` is {name}, an encoder-decoder. FedBiOT splits decoder-only causal LMs.")
     num_layers = model.config.get_text_config().num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
+    decoder = model.get_decoder()
+    decoder_name = next((path for path, module in model.named_modules() if module is decoder), "")
+    for path, module in (decoder if decoder_name else model).named_modules(prefix=decoder_name):
         nested = any(path.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and not nested:
             found[path] = module

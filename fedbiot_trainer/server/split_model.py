@@ -15,8 +15,9 @@ from ..shared.records import ParameterCounts
 from ..shared.tokenizers import align_model
 from ..wire.package import EmulatorPackage
 from .emulator import drop_layers
-from .lora_placement import DEFAULT_LORA, place_lora, resolve_peft_config, with_rank
+from .lora_placement import DEFAULT_LORA, check_placement, place_loras, with_rank
 from .split import choose_split
+from .wiring import Wiring
 
 
 class SplitModel:
@@ -28,6 +29,7 @@ class SplitModel:
         package_model (`PreTrainedModel`): Emulator + adapter layers without any LoRA, as clients receive it.
         adap_emu (`PeftModel`): Emulator + adapter layers with the client LoRA and the emulator LoRA active.
         adap_fu (`PeftModel`): The full model with the client LoRA at the full model's layer indices.
+        wiring ([`Wiring`], *optional*): What decoder layers hand on to one another, once a forward pass has shown it.
     """
 
     def __init__(
@@ -42,29 +44,25 @@ class SplitModel:
         refuse_unsavable(model)
         self.split = choose_split(model, num_adapter_layers, emulator_drop_ratio, num_adapter_layers_bottom)
         peft_config = peft_config or LoraConfig(**DEFAULT_LORA)
-        client_config = resolve_peft_config(peft_config, model, self.split, self.split.adapter_indices)
-        emulator_config = None
-        if self.split.kept:
-            emulator_config = emulator_peft_config or peft_config
-            emulator_config = resolve_peft_config(emulator_config, model, self.split, self.split.kept)
-            # Alignment is a regression on fixed targets, and clients run the emulator LoRA frozen: no dropout in either.
-            positions = self.split.emulator_positions
-            emulator_config = place_lora(emulator_config, self.split, positions, lora_dropout=0.0)
+        client, emulator = place_loras(
+            model, self.split, peft_config or LoraConfig(**DEFAULT_LORA), emulator_peft_config
+        )
         self.package_model = drop_layers(model, self.split)
-        self.adap_emu = add_loras(
-            drop_layers(model, self.split),
-            place_lora(client_config, self.split, self.split.adapter_positions),
-            emulator_config,
-        )
-        self.adap_fu = fuse_loras(
-            get_peft_model(
-                drop_layers(model, self.split.without_drops()),
-                place_lora(client_config, self.split, self.split.adapter_indices),
-                adapter_name=CLIENT,
-            )
-        )
+        placed = {CLIENT: client.renamed(self.split.to_emulator)}
+        configs = [placed[CLIENT].peft_config(self.package_model), None]
+        if emulator is not None:
+            placed[EMULATOR] = emulator.renamed(self.split.to_emulator)
+            # Alignment is a regression on fixed targets, and clients run the emulator LoRA frozen: no dropout in either.
+            configs[1] = placed[EMULATOR].peft_config(self.package_model, lora_dropout=0.0)
+        self.adap_emu = add_loras(drop_layers(model, self.split), *configs)
+        twin = drop_layers(model, self.split.without_drops())
+        self.adap_fu = fuse_loras(get_peft_model(twin, client.peft_config(twin), adapter_name=CLIENT))
+        check_placement(self.adap_fu, CLIENT, client)
+        for lora_name, placement in placed.items():
+            check_placement(self.adap_emu, lora_name, placement)
         self.adap_fu.requires_grad_(False)
         self.adap_fu.eval()
+        self.wiring: Wiring | None = None
         self._offloaded = False
         self.plug_in(get_lora_state(self.adap_emu, CLIENT))
 
