@@ -71,7 +71,9 @@ def __dir__() -> list[str]:
 
 
 def _telemetry_off():
-    wanted = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1").upper() in ("1", "ON", "YES", "TRUE")
+    if not os.environ.get("HF_HUB_DISABLE_TELEMETRY"):  # empty is no answer, though the Hub's library takes it for one
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    wanted = os.environ["HF_HUB_DISABLE_TELEMETRY"].upper() in ("1", "ON", "YES", "TRUE")
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None and wanted:  # it has read the environment already
         constants.HF_HUB_DISABLE_TELEMETRY = True

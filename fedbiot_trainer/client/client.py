@@ -13,7 +13,7 @@ class FederatedClient:
     keeps nothing between rounds: what it needs of earlier ones is in the payload.
 
     Args:
-        name (`str`): Name of the client, unique in the federation. Printable, and no path: it may become a folder's.
+        name (`str`): Name of the client, unique in the federation, of printable characters.
         trainer ([`ClientSFTTrainer`]): Does the local steps. Simulated clients share one; nothing of a client stays
             in it between two calls of [`fit`].
         train_dataset ([`~datasets.Dataset`]): The client's private text.

@@ -135,6 +135,10 @@ USES = (
         "test_default_targets_of_an_architecture_that_peft_does_not_know"),
     Use("peft.tuners.tuners_utils", "check_target_module_exists", "which layers a configuration means",
         "test_target_modules_are_resolved", ("config", "key")),
+    Use("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "layers of Mamba that PEFT puts no LoRA on",
+        "test_target_modules_are_resolved", ("peft_config", "model", "target_name")),
+    Use("peft.tuners.lora.config", "LoraConfig._custom_modules", "custom layers are refused",
+        "test_lora_that_cannot_be_federated"),
     # Several processes.
     Use("torch.nn.parallel.distributed", "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
         "frozen tensors are equal everywhere, and not sent", "test_two_processes_give_what_one_gives",

@@ -21,7 +21,7 @@ MAX_NAME = 256  # characters
 
 def check_client_name(name: str):
     """
-    Check a name that will stand in logs and tables, and be a folder's.
+    Check a name that will stand in logs, errors and tables.
 
     Raises:
         ValueError: If it cannot.
@@ -31,12 +31,9 @@ def check_client_name(name: str):
         fault = f"has {len(name)} characters"
     elif not name.isprintable():
         fault = "has characters that cannot be printed"
-    elif name in (".", "..") or "/" in name or "\\" in name:
-        fault = "is a path"
     if fault is not None:
         raise ValueError(
-            f"The name of client {shown(name)} {fault}. Give it one of 1 to {MAX_NAME} printable characters without "
-            "slashes."
+            f"The name of client {shown(name)} {fault}. Give it one of 1 to {MAX_NAME} printable characters."
         )
 
 

@@ -222,9 +222,6 @@ def test_payload_of_another_kind(update):
         ("client", "north\nsouth", r"The name of client 'north\\nsouth' has characters that cannot be printed"),
         ("client", "\ud800", r"The name of client '\\ud800' has characters that cannot be printed"),
         ("client", "a\u202egpj.exe", "has characters that cannot be printed"),
-        ("client", "../../north", "The name of client '../../north' is a path"),
-        ("client", "a\\b", "is a path"),
-        ("client", "..", "is a path"),
         ("metrics", {"loss": math.nan}, "Metric `loss` of the client update is nan, expected a finite number"),
         ("metrics", {"loss": -math.inf}, "Metric `loss` of the client update is -inf, expected a finite number"),
         ("metrics", {"loss": 10**400}, "Metric `loss` of the client update is 10+, expected a finite number"),
@@ -288,13 +285,13 @@ def test_tensors_must_be_finite(update, dtype, value):
 
 
 def test_client_names_as_people_give_them():
-    for name in ("north", "clinic a", "Zürich (2)", "東京", "-1", "a.b", "n" * MAX_NAME):
+    for name in ("north", "clinic a", "Zürich (2)", "東京", "-1", "a/b", "..", "n" * MAX_NAME):
         check_client_name(name)
 
 
 def test_client_names_are_checked_before_anything_is_trained():
-    with pytest.raises(ValueError, match="The name of client '../north' is a path. Give it one of 1 to 256 printable"):
-        FederatedClient("../north", None, None)
+    with pytest.raises(ValueError, match=r"The name of client 'a\\nb' has characters that cannot be printed. Give it"):
+        FederatedClient("a\nb", None, None)
 
 
 def test_hostile_values_in_errors():
