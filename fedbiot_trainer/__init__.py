@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .federation.runner import FederatedRunner
     from .server.alignment import EmulatorAlignmentTrainer
     from .server.server import FederatedServer
+    from .shared.round_trainer import DivergenceError
     from .wire.messages import ClientUpdate, PayloadError, RoundStart
     from .wire.package import EmulatorPackage
 
@@ -31,6 +32,7 @@ _WHERE = {
     "METHODS": "config.methods",
     "ClientSFTTrainer": "client.trainer",
     "ClientUpdate": "wire.messages",
+    "DivergenceError": "shared.round_trainer",
     "EmulatorAlignmentTrainer": "server.alignment",
     "EmulatorPackage": "wire.package",
     "FedBiOTConfig": "config",
@@ -47,6 +49,7 @@ __all__ = [
     "METHODS",
     "ClientSFTTrainer",
     "ClientUpdate",
+    "DivergenceError",
     "EmulatorAlignmentTrainer",
     "EmulatorPackage",
     "FedBiOTConfig",

@@ -21,7 +21,7 @@ After `pip install`, `fedbiot train` does the same from any folder, the demo exc
 import sys
 from pathlib import Path
 
-from fedbiot_trainer.cli.train import main
+from fedbiot_trainer.cli.main import main
 
 
 RECIPES = Path(__file__).parent
@@ -35,4 +35,4 @@ def with_default_config(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(with_default_config(sys.argv[1:]))
+    main(["train", *with_default_config(sys.argv[1:])])

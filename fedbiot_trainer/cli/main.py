@@ -3,6 +3,9 @@
 import importlib
 import sys
 
+from .early import check_early
+from .errors import end_with_error
+
 
 COMMANDS = {
     "train": "federated fine-tuning, from a YAML or flags",
@@ -15,7 +18,13 @@ def main(argv: list[str] | None = None):
     """Run a command."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
+        command = f"fedbiot {argv[0]}"
+        try:
+            if argv[0] == "train":
+                check_early(argv[1:])
+            importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
+        except Exception as error:
+            end_with_error(command, error)
         return
     lines = "".join(f"  {name:<8}{text}\n" for name, text in COMMANDS.items())
     text = f"usage: fedbiot COMMAND ...\n\n{lines}\n`fedbiot COMMAND --help` lists its flags.\n"

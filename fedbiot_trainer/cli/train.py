@@ -25,13 +25,14 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from ..config import FedBiOTConfig
 from ..config.methods import METHODS
-from ..data.names import has_splits, template_columns
+from ..data.names import has_splits
 from ..data.partition import name_client_datasets
 from ..data.sources import hold_out, keep_values, read_dataset, to_examples
 from ..federation.costs import plan
 from ..federation.interruption import RunInterrupted, end_with_launcher
 from ..federation.methods import run_method
 from ..server.server import check_public_dataset
+from .early import check_sources
 from .plan import plan_tables
 
 
@@ -91,47 +92,7 @@ class FederatedScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        for prompt, completion in (
-            ("prompt_template", "completion_template"),
-            ("public_prompt_template", "public_completion_template"),
-        ):
-            if (getattr(self, prompt) is None) != (getattr(self, completion) is None):
-                raise ValueError(f"`{prompt}` and `{completion}` belong together: set both or neither.")
-            for name in (prompt, completion):
-                template_columns(getattr(self, name) or "", name)
-        if self.dataset_streaming:
-            raise ValueError(
-                "`dataset_streaming` is True, but a federated run needs to know where in the data a client is, which a "
-                "stream cannot tell. Leave it out."
-            )
-        own = (
-            "dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "prompt_template",
-            "public_prompt_template", "max_train_samples", "max_eval_samples", "max_public_samples",
-        )  # fmt: skip
-        for name in own:
-            if self.task is not None and getattr(self, name) is not None:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, but `task` is '{self.task}', which brings its own data. For your "
-                    "own, name the full model with `model_name_or_path`."
-                )
-        if self.task is None and (self.dataset_name is None) == (self.client_datasets is None):
-            raise ValueError("Set one of `dataset_name` and `client_datasets`, or `task`.")
-        for name in ("partition_values", "eval_fraction"):
-            if getattr(self, name) is not None and self.dataset_name is None:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, but it is about `dataset_name`, which is not set. Leave it out."
-                )
-        if self.eval_fraction is not None:
-            if not 0 < self.eval_fraction < 1:
-                raise ValueError(
-                    f"`eval_fraction` is {self.eval_fraction}, but it is the share of examples to hold out and must be "
-                    "in (0, 1), 0.05 for example."
-                )
-            if self.eval_dataset_name is not None:
-                raise ValueError(
-                    f"`eval_fraction` is {self.eval_fraction}, but `eval_dataset_name` is '{self.eval_dataset_name}': "
-                    "there can be one held-out set. Leave one of them out."
-                )
+        check_sources(self)
 
 
 def _task_folder(task: str) -> Path:

@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,6 +15,24 @@ from ..shared.round_trainer import RoundTrainer
 from ..wire.messages import LocalWork
 from ..wire.package import EmulatorPackage
 from .proximal import proximal_term
+
+
+README = """\
+---
+library_name: peft
+tags: [fedbiot, lora]
+---
+
+# Client LoRA of one client, for an emulator package
+
+It sits on the layers {layers} of an emulator package of {number} layers. In the full model, which has more layers, these
+are others: loaded there as it is, it would land on the wrong ones. With the package that it was trained in,
+
+    fedbiot merge THIS_FOLDER adap_emu --package PACKAGE
+    fedbiot merge THIS_FOLDER adap_fu --package PACKAGE --base_model FULL_MODEL
+
+make AdapEmu and AdapFu of it as plain models. The second one moves it to the full model's layers.
+"""
 
 
 class ClientSFTTrainer(RoundTrainer):
@@ -97,9 +116,16 @@ class ClientSFTTrainer(RoundTrainer):
             yield list(zip(tensors[::2], tensors[1::2], strict=True)), scalings
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Write the client LoRA as a PEFT folder for the emulator package."""
-        config = self.model.peft_config[CLIENT]
-        save_lora(output_dir or self.args.output_dir, config, get_lora_state(self.model, CLIENT), base_model=None)
+        """
+        Write the client LoRA as a PEFT folder for the emulator package, with a README.md that says so: its layer indices
+        are the emulator's, not the full model's.
+        """
+        folder, config = output_dir or self.args.output_dir, self.model.peft_config[CLIENT]
+        save_lora(folder, config, get_lora_state(self.model, CLIENT), base_model=None)
+        if self.is_world_process_zero():
+            layers = ", ".join(map(str, config.layers_to_transform))
+            number = self.model.config.get_text_config().num_hidden_layers
+            Path(folder, "README.md").write_text(README.format(layers=layers, number=number))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _, state = load_lora(resume_from_checkpoint)

@@ -1,8 +1,6 @@
 """What a configuration cannot be, found before any work starts."""
 
-from typing import TYPE_CHECKING
-
-from transformers import SchedulerType
+from typing import TYPE_CHECKING, Any
 
 from .settings import (
     ADAPTIVE,
@@ -19,11 +17,7 @@ if TYPE_CHECKING:
     from .config import FedBiOTConfig
 
 
-NEED_KWARGS = (
-    SchedulerType.COSINE_WITH_MIN_LR,
-    SchedulerType.COSINE_WARMUP_WITH_MIN_LR,
-    SchedulerType.WARMUP_STABLE_DECAY,
-)
+NEED_KWARGS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 ONLY_WITH = {
     "server_learning_rate": ("fedavgm", *ADAPTIVE),
     "server_momentum": ("fedavgm", *ADAPTIVE),
@@ -43,10 +37,15 @@ def check_config(config: "FedBiOTConfig"):
     Raises:
         ValueError: If one of them cannot work, or not with another. The message names it and says what would work.
     """
+    check_federation(config)
+    _check_training_arguments(config)
+
+
+def check_federation(config: Any):
+    """The part of [`check_config`] that is about the federation's own settings. It imports nothing."""
     _check_ranges(config)
     _check_split(config)
     _check_aggregation(config)
-    _check_training_arguments(config)
 
 
 def _check_ranges(config):
@@ -180,6 +179,8 @@ def _check_client_ranks(config):
 
 
 def _check_training_arguments(config):
+    from transformers import SchedulerType
+
     if config.max_steps > 0:
         raise ValueError(
             f"`max_steps` is {config.max_steps}, but a federated run counts `num_rounds` rounds of `local_steps` "
@@ -193,7 +194,7 @@ def _check_training_arguments(config):
                 "rounds. Use 'constant', 'linear' or 'cosine'."
             )
     schedule = SchedulerType(config.alignment_lr_scheduler_type)
-    if schedule in NEED_KWARGS:
+    if schedule.value in NEED_KWARGS:
         raise ValueError(
             f"`alignment_lr_scheduler_type` is '{schedule.value}', which needs `lr_scheduler_kwargs`, and those are the "
             "clients'. Use 'constant', 'linear' or 'cosine'."

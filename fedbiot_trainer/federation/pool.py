@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..client.client import FederatedClient
+from ..shared.round_trainer import DivergenceError
 from .interruption import Interruption
 
 
@@ -86,9 +87,10 @@ class LocalClients:
                 reply.error = f"TimeoutError: it took longer than `client_timeout` ({timeout:g} s)"
             except Exception as error:
                 # Other processes wait in the middle of a step for one that has failed, and cannot be called back.
-                if client.trainer.accelerator.num_processes > 1:
+                # They notice together that one diverges.
+                if client.trainer.accelerator.num_processes > 1 and not isinstance(error, DivergenceError):
                     raise
-                logger.warning(f"Client '{name}' failed.", exc_info=True)
+                logger.warning(f"Client '{name}' failed.", exc_info=not isinstance(error, DivergenceError))
                 reply.error = f"{type(error).__name__}: {error}"
             finally:
                 self._deadline.set(None)

@@ -59,6 +59,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     """
 
     lora_name = EMULATOR
+    learning_rate_name = "alignment_learning_rate"
     text_name = "`public_dataset`"
     loss_is_scaled_for_ga = True
     _tag_names = ["trl", "fedbiot"]

@@ -24,6 +24,13 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
 
 
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter that may be sharded."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """Shape of a parameter that may be sharded."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

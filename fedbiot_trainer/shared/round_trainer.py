@@ -19,13 +19,17 @@ from trl import SFTTrainer
 from ..config import FedBiOTConfig
 from .compat import ignore_in_ddp, set_rates
 from .lora_state import CLIENT, set_trainable_lora
-from .processes import DeepSpeedSettings, free_engine, prepare_fsdp, renew_trainable, whole_shape
+from .processes import DeepSpeedSettings, free_engine, local_part, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
 from .texts import blank_rows, check_texts, subject, text_columns, token_lengths, trained_tokens, without_other_forms
 from .tokenizers import align_model, prepare_tokenizer
 
 
 logger = logging.get_logger(__name__)
+
+
+class DivergenceError(RuntimeError):
+    """A training whose loss or LoRA is not finite any more. Nothing of it is to be used."""
 
 
 class StepSampler(Sampler[list[int]]):
@@ -96,6 +100,7 @@ class RoundTrainer(SFTTrainer):
 
     lora_name: str
     text_name = "`train_dataset`"
+    learning_rate_name = "learning_rate"
 
     def __init__(
         self,
@@ -244,6 +249,35 @@ class RoundTrainer(SFTTrainer):
         if self.model.training:
             self.step_metrics[name].append(self._metrics["train"][name][-1])
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # the optimizer is next
+            recorded = (values[-1] for values in self.step_metrics.values() if values)
+            self._check_finite("loss", all(map(math.isfinite, recorded)))
+        return loss
+
+    def _check_finite(self, what: str, finite: bool):
+        """
+        Raise [`DivergenceError`] if something is not finite in any process. All must ask: they stop together, before one
+        waits in vain for another's gradients.
+        """
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(not finite), device=self.accelerator.device)
+            finite = self.accelerator.reduce(flag).item() == 0
+        if finite:
+            return
+        rate, name = self._get_learning_rate(), self.learning_rate_name
+        step = self.steps_done + self.state.global_step + (what == "loss")
+        advice = f"Lower `{name}` (to {rate / 10:.1g}, for example), or let it rise over the first steps"
+        if step == 1:
+            advice = (
+                "Nothing was trained yet, so look at the model and its precision first (`fp16` overflows: use `bf16`)"
+            )
+        raise DivergenceError(
+            f"The {what} of the {self.lora_name} LoRA is not finite in step {step} of {self.total_steps}, at `{name}` "
+            f"{rate:.3g}. {advice}."
+        )
+
     def step_sampler(self, start: int, stop: int, process_index: int | None = None) -> StepSampler:
         """The batches of one process, or of all, in the steps `start`, ..., `stop - 1`."""
         num_processes = self.accelerator.num_processes
@@ -300,6 +334,9 @@ class RoundTrainer(SFTTrainer):
 
         Args:
             seed (`int`, *optional*): Seed of dropout in these steps. `None` takes `args.seed`.
+
+        Raises:
+            DivergenceError: If a loss or, after the last step, the LoRA is not finite.
         """
         set_seed(self.args.seed if seed is None else seed)
         set_trainable_lora(self.model, self.lora_name, self.args.freeze_a and self.lora_name == CLIENT)
@@ -322,6 +359,8 @@ class RoundTrainer(SFTTrainer):
             self.deepspeed = None
             self.model_wrapped = self.model
             free_engine(self.accelerator)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._check_finite("value", all(bool(torch.isfinite(local_part(p)).all()) for p in trained))
         self._average_step_metrics()
         self.steps_done += self.args.max_steps
         return output

@@ -37,6 +37,17 @@ def load_model(name: str | Path, **model_init_kwargs) -> PreTrainedModel:
     return model
 
 
+def check_package(folder: str | Path) -> Path:
+    """The manifest of an emulator package. Raises `FileNotFoundError` if `folder` is none."""
+    manifest = Path(folder) / MANIFEST
+    if not manifest.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' is not an emulator package: it has no {MANIFEST}. The server writes one to "
+            "`output_dir/emulator_package`."
+        )
+    return manifest
+
+
 @dataclass
 class EmulatorPackage:
     """
@@ -102,12 +113,7 @@ class EmulatorPackage:
             ValueError: If a newer version of this library wrote it.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"'{folder}' is not an emulator package: it has no {MANIFEST}. The server writes one to "
-                "`output_dir/emulator_package`."
-            )
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(check_package(folder).read_text())
         if manifest["schema_version"] != SCHEMA_VERSION:
             raise ValueError(
                 f"The emulator package '{folder}' has schema version {manifest['schema_version']}, this library reads "

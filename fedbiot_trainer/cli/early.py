@@ -1,0 +1,144 @@
+"""What a command line cannot be, found in its first second: without torch, datasets and the libraries on them."""
+
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import yaml
+
+from ..config.checks import check_federation
+from ..config.settings import (
+    AlignmentSettings,
+    EvaluationSettings,
+    FederationSettings,
+    PartitionSettings,
+    SplitSettings,
+)
+from ..data.names import check_path, template_columns
+
+
+SETTINGS = (EvaluationSettings, PartitionSettings, AlignmentSettings, FederationSettings, SplitSettings)
+SOURCES = (
+    "task", "dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "prompt_template",
+    "completion_template", "public_prompt_template", "public_completion_template", "max_train_samples",
+    "max_eval_samples", "max_public_samples", "partition_values", "eval_fraction", "dataset_streaming",
+)  # fmt: skip
+
+
+def check_early(argv: list[str]):
+    """
+    Check what can be checked of the flags of `fedbiot train`, and of the YAML that they name. What is no flag or no value
+    is left to the parser.
+
+    Raises:
+        FileNotFoundError: If a dataset or a model is a path that leads nowhere.
+        ValueError: If a setting cannot work, or not with another.
+    """
+    given = _given(argv)
+    if given is None:
+        return
+    kinds = {field.name: (field.type, field.default) for settings in SETTINGS for field in fields(settings)}
+    values = {name: _convert(given.get(name, default), kind) for name, (kind, default) in kinds.items()}
+    if values["teacher"] is None:
+        values["teacher"] = "online" if values["num_adapter_layers_bottom"] > 0 else "cached"
+    check_federation(SimpleNamespace(**values))
+
+    sources = {name: given.get(name) for name in SOURCES}
+    sources["dataset_streaming"] = _convert(sources["dataset_streaming"], bool)
+    sources["eval_fraction"] = _convert(sources["eval_fraction"], float)
+    check_sources(SimpleNamespace(**sources))
+    for name in ("dataset_name", "eval_dataset_name", "public_dataset_name"):
+        if sources[name] is not None:
+            check_path(sources[name])
+    clients = sources["client_datasets"] or []
+    for item in [clients] if isinstance(clients, str) else clients:
+        check_path(item.partition("=")[2])
+    model = given.get("model_name_or_path")
+    if model and model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise FileNotFoundError(f"`model_name_or_path` is '{model}', but there is no such folder.")
+
+
+def _given(argv) -> dict[str, Any] | None:
+    """Flags and the values of the YAML under them; `None` if there is something else than a run to do."""
+    flags: dict[str, list[str]] = {}
+    name = None
+    for word in argv:
+        if word in ("-h", "--help"):
+            return None
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            flags[name.replace("-", "_")] = [value] if value else []
+        elif name is not None:
+            flags[name.replace("-", "_")].append(word)
+    given = {}
+    if flags.get("config"):
+        try:
+            given = yaml.safe_load(Path(flags["config"][0]).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"`config` is '{flags['config'][0]}', which is no YAML ({error}).") from error
+    several = ("client_datasets", "partition_values")
+    return given | {name: words if name in several else " ".join(words) for name, words in flags.items() if words}
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """A flag's text as what the setting is, where it can be."""
+    if not isinstance(value, str):
+        return value
+    kinds = get_args(kind) or (kind,)
+    if bool in kinds:
+        return value.lower() in ("true", "1", "yes", "y", "t")
+    for number in (int, float):
+        if number in kinds:
+            return number(value)
+    return value
+
+
+def check_sources(args: Any):
+    """
+    Check which texts a command line names.
+
+    Raises:
+        ValueError: If they are not enough, too many, or not together.
+    """
+    for prompt, completion in (
+        ("prompt_template", "completion_template"),
+        ("public_prompt_template", "public_completion_template"),
+    ):
+        if (getattr(args, prompt) is None) != (getattr(args, completion) is None):
+            raise ValueError(f"`{prompt}` and `{completion}` belong together: set both or neither.")
+        for name in (prompt, completion):
+            template_columns(getattr(args, name) or "", name)
+    if args.dataset_streaming:
+        raise ValueError(
+            "`dataset_streaming` is True, but a federated run needs to know where in the data a client is, which a "
+            "stream cannot tell. Leave it out."
+        )
+    own = (
+        "dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "prompt_template",
+        "public_prompt_template", "max_train_samples", "max_eval_samples", "max_public_samples",
+    )  # fmt: skip
+    for name in own:
+        if args.task is not None and getattr(args, name) is not None:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, but `task` is '{args.task}', which brings its own data. For your "
+                "own, name the full model with `model_name_or_path`."
+            )
+    if args.task is None and (args.dataset_name is None) == (args.client_datasets is None):
+        raise ValueError("Set one of `dataset_name` and `client_datasets`, or `task`.")
+    for name in ("partition_values", "eval_fraction"):
+        if getattr(args, name) is not None and args.dataset_name is None:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, but it is about `dataset_name`, which is not set. Leave it out."
+            )
+    if args.eval_fraction is not None:
+        if not 0 < args.eval_fraction < 1:
+            raise ValueError(
+                f"`eval_fraction` is {args.eval_fraction}, but it is the share of examples to hold out and must be "
+                "in (0, 1), 0.05 for example."
+            )
+        if args.eval_dataset_name is not None:
+            raise ValueError(
+                f"`eval_fraction` is {args.eval_fraction}, but `eval_dataset_name` is '{args.eval_dataset_name}': "
+                "there can be one held-out set. Leave one of them out."
+            )
