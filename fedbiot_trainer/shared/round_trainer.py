@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, get_scheduler, set_seed
+from transformers.utils import is_liger_kernel_available
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
@@ -116,9 +117,15 @@ class RoundTrainer(SFTTrainer):
             kwargs["processing_class"] = with_chat_template(tokenizer, args.chat_template_path)
             args = copy.copy(args)
             args.chat_template_path = None
+        if args.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError(
+                "`use_liger_kernel` is True, but the library is not installed: `pip install liger-kernel`, or leave it out."
+            )
         # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
         model.requires_grad_(False)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        # Raises ImportError now, not in the first round, if the optimizer's library is not installed.
+        self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.steps_done = 0
         self.total_steps = total_steps
         self.schedule_start: int | None = None
