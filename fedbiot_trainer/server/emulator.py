@@ -1,6 +1,7 @@
 """Build a model without some of its decoder layers, around the same tensors."""
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..shared.compat import children, copy_module
 from ..shared.processes import whole_shape
 from ..shared.quantized import is_linear, keep_weight_layout
-from .split import LayerSplit
+from .split import LayerSplit, layer_counts
 
 
 # Names under which decoder layers and their attention modules keep their own position.
 _INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
+# Names of settings that list some of the layers.
+_LISTS_LAYERS = re.compile("(indices|_layers|layer_ids)$")
 
 
 def drop_layers(model: PreTrainedModel, split: LayerSplit) -> PreTrainedModel:
@@ -73,7 +76,11 @@ def _shrink_config(config: PretrainedConfig, split: LayerSplit) -> PretrainedCon
         per_layer = isinstance(value, (list, tuple)) and len(value) == split.num_layers
         if per_layer and not name.endswith("token_id") and name != "architectures":
             setattr(text_config, name, type(value)(value[i] for i in split.full_indices))
-    text_config.num_hidden_layers = len(split.full_indices)
+        elif _LISTS_LAYERS.search(name) and _are_layers(value, split):
+            positions = [split.full_indices.index(i) for i in value if i in split.full_indices]
+            setattr(text_config, name, type(value)(positions))
+    for name in layer_counts(text_config):
+        setattr(text_config, name, len(split.full_indices))
     overrides = text_config.to_dict().get("per_layer_config")
     if overrides:
         overrides = {int(index): changes for index, changes in overrides.items()}
@@ -88,6 +95,10 @@ def _shrink_config(config: PretrainedConfig, split: LayerSplit) -> PretrainedCon
         if skipped is not None:
             setattr(config.quantization_config, name, split.rename_kept(skipped))
     return config
+
+
+def _are_layers(value, split: LayerSplit) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(i) is int and 0 <= i < split.num_layers for i in value)
 
 
 def _subconfigs(old: PretrainedConfig, new: PretrainedConfig) -> dict[int, PretrainedConfig]:

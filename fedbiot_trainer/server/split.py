@@ -5,8 +5,10 @@ import re
 from dataclasses import dataclass, replace
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..config.settings import ALL_LAYERS
 from ..shared.records import SplitRecord
@@ -112,6 +114,36 @@ def kept_layer_indices(num_emulator_layers: int, drop_ratio: float) -> tuple[int
     return tuple(math.floor(j * (num_emulator_layers - 1) / (num_kept - 1) + 0.5) for j in range(num_kept))
 
 
+def check_full_model(model: PreTrainedModel):
+    """
+    Check that a model can be a full model: without LoRAs on it, and of a class that clients can load.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    name = type(model).__name__
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"`model` is {name} with a PEFT adapter on it, but the LoRAs of the federation are put on here. Pass the "
+            "base model, or merge the adapter into it first with `merge_and_unload()`."
+        )
+    if "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {}):
+        return
+    loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    loaded = loaded if isinstance(loaded, tuple) else (loaded,)
+    if not isinstance(model, loaded):
+        raise ValueError(
+            f"`model` is {name}, but `AutoModelForCausalLM` makes {loaded[0].__name__ if loaded else 'no model'} of its "
+            f"{type(model.config).__name__}, so clients could not load the emulator. Pass a model that "
+            "`AutoModelForCausalLM.from_pretrained` has loaded, e.g. the language model of a vision-language model."
+        )
+
+
+def layer_counts(config: PreTrainedConfig) -> list[str]:
+    """The settings that tell how many layers the decoder has: of a family with encoders, that of its decoders."""
+    return [name for name in ("decoder_layers", "num_hidden_layers") if getattr(config, name, None) is not None]
+
+
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     Find the stack of decoder layers: the outermost `ModuleList` as long as the config says the decoder is deep, within
@@ -123,7 +155,8 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"`model` is {name}, an encoder-decoder. FedBiOT splits decoder-only causal LMs.")
-    num_layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    num_layers = next((getattr(config, count) for count in layer_counts(config)), None)
     found: dict[str, nn.ModuleList] = {}
     decoder = model.get_decoder()
     decoder_name = next((path for path, module in model.named_modules() if module is decoder), "")

@@ -16,7 +16,7 @@ from ..shared.tokenizers import align_model
 from ..wire.package import EmulatorPackage
 from .emulator import drop_layers
 from .lora_placement import DEFAULT_LORA, check_placement, place_loras, with_rank
-from .split import choose_split
+from .split import check_full_model, choose_split
 from .wiring import Wiring
 
 
@@ -41,6 +41,7 @@ class SplitModel:
         emulator_peft_config: LoraConfig | None = None,
         num_adapter_layers_bottom: int = 0,
     ):
+        check_full_model(model)
         refuse_unsavable(model)
         self.split = choose_split(model, num_adapter_layers, emulator_drop_ratio, num_adapter_layers_bottom)
         peft_config = peft_config or LoraConfig(**DEFAULT_LORA)

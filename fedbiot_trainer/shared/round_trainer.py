@@ -13,7 +13,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, get_scheduler, set_seed
-from transformers.utils import logging
+from transformers.utils import is_liger_kernel_available, logging
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
@@ -119,6 +119,10 @@ class RoundTrainer(SFTTrainer):
         self._deepspeed: DeepSpeedSettings | None = None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        if args.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError(
+                "`use_liger_kernel` is True, but the library is not installed: `pip install liger-kernel`, or leave it out."
+            )
         tokenizer = kwargs.pop("processing_class", None)
         if tokenizer is None:
             name = model.config.name_or_path
@@ -131,6 +135,8 @@ class RoundTrainer(SFTTrainer):
         # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
         model.requires_grad_(False)
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
+        # Raises ImportError now, not in the first round, if the optimizer's library is not installed.
+        self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.steps_done = 0
         self.total_steps = total_steps
         self.schedule_start: int | None = None

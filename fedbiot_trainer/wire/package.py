@@ -23,7 +23,13 @@ def load_model(name: str | Path, **model_init_kwargs) -> PreTrainedModel:
 
     Raises:
         ImportError: If the model is quantized with a library that is not installed.
+        ValueError: If the folder holds a PEFT adapter and no model.
     """
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"`model` is '{name}', which holds a PEFT adapter and no model. Pass its base model, or a folder with the "
+            "adapter merged into it (`merge_and_unload()`)."
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **model_init_kwargs)
     except ModuleNotFoundError as error:

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig
+
+from fedbiot_trainer.server.split import check_full_model, choose_split, find_decoder_layers
+from fedbiot_trainer.wire.package import load_model
+
+
+TEXT = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "head_dim": 8}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8}
+VISION |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+
+
+def test_class_that_clients_could_not_load(make_runner):
+    model = Mistral3ForConditionalGeneration(Mistral3Config(text_config=MistralConfig(**TEXT), vision_config=VISION))
+    assert find_decoder_layers(model)[0] == "model.language_model.layers"
+    message = (
+        "`model` is Mistral3ForConditionalGeneration, but `AutoModelForCausalLM` makes no model of its Mistral3Config"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_runner(model)
+
+
+def test_remote_code_says_itself_what_loads_it():
+    model = Mistral3ForConditionalGeneration(Mistral3Config(text_config=MistralConfig(**TEXT), vision_config=VISION))
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
+    check_full_model(model)
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+def test_model_with_an_adapter(how, make_runner):
+    model, lora = tiny_model(), LoraConfig(target_modules=["q_proj"])
+    if how == "get_peft_model":
+        model = get_peft_model(model, lora)
+    else:
+        model.add_adapter(lora)
+    with pytest.raises(ValueError, match="with a PEFT adapter on it, .* merge the adapter into it first"):
+        make_runner(model)
+
+
+def test_merged_adapter():
+    check_full_model(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).merge_and_unload())
+
+
+def test_adapter_folder(tmp_path, make_runner):
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    for give in (load_model, make_runner):
+        with pytest.raises(ValueError, match="which holds a PEFT adapter and no model. Pass its base model"):
+            give(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"use_liger_kernel": True}, "pip install liger-kernel"), ({"optim": "galore_adamw"}, "galore")],
+)
+def test_libraries_are_asked_for_before_any_work(settings, message, make_runner):
+    with pytest.raises(ImportError, match=message):
+        make_runner(**settings)
+
+
+def test_attention_library_is_asked_for_by_the_model(tmp_path, make_runner):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        make_runner(str(tmp_path / "model"), model_init_kwargs={"attn_implementation": "flash_attention_2"})
+
+
+def test_per_layer_settings_follow_the_layers():
+    from fedbiot_trainer.server.emulator import drop_layers
+
+    model = tiny_model("gemma4_text", head_dim=8, global_head_dim=16, hidden_size_per_layer_input=0)
+    split = choose_split(model, 2, 0.5)
+    kept = drop_layers(model, split).config
+    for position, full in enumerate(split.full_indices):
+        assert kept.per_layer_config[position].head_dim == model.config.per_layer_config[full].head_dim
+
+
+def test_model_without_a_number_of_layers():
+    model = tiny_model()
+    config = type("Config", (), {"is_encoder_decoder": False, "get_text_config": lambda self: self})()
+    model.config = config
+    with pytest.raises(ValueError, match="LlamaForCausalLM, in which 0 lists of None decoder layers"):
+        find_decoder_layers(model)
+
+
+def test_rwkv_that_has_been_evaluated():
+    model = tiny_model("rwkv", attention_hidden_size=32, context_length=64)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    from fedbiot_trainer.server.emulator import drop_layers
+
+    emulator = drop_layers(model, choose_split(model, 2, 0.0))
+    ids = torch.arange(3, 9)[None]
+    logits = emulator(input_ids=ids).logits
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+    assert torch.allclose(model(input_ids=ids).logits, logits, atol=1e-4)  # scales its weights
+    with pytest.raises(ValueError, match="RwkvForCausalLM, which has been evaluated, and scales its weights in place"):
+        drop_layers(model, choose_split(model, 2, 0.5))
