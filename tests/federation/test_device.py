@@ -23,7 +23,7 @@ def results(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("runs")
     tiny_model().save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    command = [sys.executable, HERE / "simulated_device.py", HERE / "device_run.py"]
+    command = [sys.executable, HERE.parent / "simulated_device.py", HERE / "device_run.py"]
     command += [folder / "base", folder / "device"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-5000:]

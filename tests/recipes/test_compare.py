@@ -10,7 +10,7 @@ from peft import LoraConfig
 from fedbiot_trainer import run_method
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Stands in for `python fedbiot_sft.py`: writes what a run leaves, or fails where the method is fedot and the file says so.
 RUN = """

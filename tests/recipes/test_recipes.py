@@ -17,7 +17,7 @@ from fedbiot_trainer.cli.plan import plan_tables
 from fedbiot_trainer.data import sources
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "fedbiot_sft.py"
 YAMLS = sorted(path for path in (ROOT / "recipes").glob("**/*.yaml") if path.parent.name != "lm_eval")
 YAML_NAMES = [f"{path.parent.name}/{path.stem}" for path in YAMLS]

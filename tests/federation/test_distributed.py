@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from fedbiot_trainer.shared.processes import prepare_fsdp
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 # The same examples in each step as one process with twice the batch sizes.
 TWO, ONE = (2, 3), (4, 6)
@@ -152,7 +152,7 @@ def test_fsdp2_with_mixed_precision(files, tmp_path, one_process):
 @pytest.mark.usefixtures("pass_at_k")
 def test_metrics_of_two_processes_are_those_of_one(files, tmp_path):
     """The texts of both, in the order of the data, compared by one. 5 batches: one process runs the last for nothing."""
-    script = Path(__file__).parent / "metric_run.py"
+    script = ROOT / "tests" / "evaluation" / "metric_run.py"
     results = []
     for config in (None, "ddp"):
         folder = tmp_path / str(config)

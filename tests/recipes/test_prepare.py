@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 PREPARE = str(RECIPES / "code" / "prepare.py")
 NAMES = {"cpp": "C++", "java": "Java", "javascript": "JavaScript", "python": "Python"}
 

@@ -17,7 +17,7 @@ from fedbiot_trainer.cli.merge import merge
 from fedbiot_trainer.evaluation.passes import complete
 
 
-DEMO = Path(__file__).parents[1] / "recipes" / "demo"
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 TASK = """
 tag: sums
 dataset_path: json
