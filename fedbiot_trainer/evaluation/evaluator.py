@@ -8,7 +8,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..server.capture import OutputHead, capture, causal_lm, run_full_model
 from ..server.split_model import SplitModel
-from ..shared.losses import hidden_state_loss, masked_kl
+from ..server.teachers import distances
 from ..shared.processes import deal, runnable, shards_parameters
 from ..shared.round_trainer import RoundTrainer
 from ..shared.texts import trained_tokens
@@ -107,16 +107,15 @@ class Evaluator:
         head, emulator = OutputHead(causal_lm(models.adap_fu)), models.adap_emu.eval()
         batches = batches_by_length(self.tokens["input_ids"], self.args.per_device_eval_batch_size)
         with models.whole_on(self.args.device), self.accelerator.autocast(), head.whole() as logits:
-            for rows, counts in deal(batches, self.accelerator):
+            for rows, counts in deal(batches, self.accelerator, self.on_progress):
                 batch = self.data_collator([self.tokens[i] for i in rows])
                 text = {key: batch[key].to(self.accelerator.device) for key in ("input_ids", "attention_mask")}
                 teacher, mask = run_full_model(models, text), text["attention_mask"]
                 with capture(emulator, split.layers_name, split.top_position) as student:
                     causal_lm(emulator).base_model(**text, use_cache=False)
                 if counts:
-                    l2 = hidden_state_loss(student.entering, teacher.entering, mask).item()
-                    kl = masked_kl(student.last, teacher.last, mask, logits).item()
-                    totals += torch.tensor([l2, kl, mask.sum().item()])
+                    l2, kl = distances(student, teacher, mask, logits)
+                    totals += torch.tensor([l2.item(), kl.item(), mask.sum().item()])
         l2, kl, tokens = self.accelerator.reduce(totals.to(self.accelerator.device)).tolist()
         return {"drift_l2": l2 / tokens, "drift_kl": kl / tokens}
 

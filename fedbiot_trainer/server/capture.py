@@ -1,4 +1,4 @@
-"""The teacher of the alignment: the full model, run for every batch or once for all."""
+"""Parts of a forward pass: what enters the adapter layers, what leaves the decoder, the output head alone."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -40,7 +40,7 @@ def test_models_that_differ_in_a_buffer_have_stores_of_their_own(aligned, tmp_pa
     first = aligned(mixture([0.0, 0, 0, 0]), teacher_cache_dir=one)
     second = aligned(mixture([9.0, 0, 0, 0]), teacher_cache_dir=one)
     alone = aligned(mixture([9.0, 0, 0, 0]), teacher_cache_dir=two)
-    assert first.store.folder.name != second.store.folder.name == alone.store.folder.name
+    assert first.teacher.store.folder.name != second.teacher.store.folder.name == alone.teacher.store.folder.name
     assert (
         second.step_metrics["alignment_l2"] == alone.step_metrics["alignment_l2"] != first.step_metrics["alignment_l2"]
     )
@@ -60,7 +60,7 @@ def test_digest_knows_parameters_and_buffers_by_name_and_value():
 def test_attention_is_part_of_the_key(aligned):
     eager = tiny_model()
     eager.set_attn_implementation("eager")
-    assert aligned(tiny_model()).store.folder != aligned(eager).store.folder
+    assert aligned(tiny_model()).teacher.store.folder != aligned(eager).teacher.store.folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from fedbiot_trainer import EmulatorAlignmentTrainer
-from fedbiot_trainer.server.alignment import PLACE
+from fedbiot_trainer.server.teachers import PLACE
 from fedbiot_trainer.server.capture import OutputHead, run_adapter_layers, run_full_model
 from fedbiot_trainer.server.hidden_states import HiddenStateStore, store_folder
 from fedbiot_trainer.server.split_model import SplitModel
@@ -141,7 +141,7 @@ def test_store_is_used_again(make_trainer, tmp_path, monkeypatch):
     (before,) = shards(tmp_path)
     time = before.stat().st_mtime_ns
     trainer = make_trainer(emulator_drop_ratio=0.2)
-    monkeypatch.setattr(trainer, "_entering_states", lambda rows: pytest.fail("computed again"))
+    monkeypatch.setattr(trainer.teacher, "_compute", lambda rows: pytest.fail("computed again"))
     trainer.train()
     (after,) = shards(tmp_path)
     assert (after, after.stat().st_mtime_ns) == (before, time)
@@ -202,7 +202,7 @@ def test_cache_is_bounded(make_trainer, tmp_path):
 
 
 def test_online_teacher_under_zero3_is_refused(make_trainer, monkeypatch):
-    monkeypatch.setattr("fedbiot_trainer.server.alignment.is_zero3", lambda accelerator: True)
+    monkeypatch.setattr("fedbiot_trainer.server.teachers.is_zero3", lambda accelerator: True)
     with pytest.raises(ValueError, match="`teacher` is 'online', but under DeepSpeed ZeRO-3"):
         make_trainer(teacher="online")
 
@@ -248,7 +248,7 @@ def test_long_and_short_texts(make_trainer):
         states[text[PLACE]] = run_full_model(trainer.models, inputs).entering[0]
     assert sorted(states) == list(range(19))
     for place, expected in states.items():
-        assert torch.allclose(trainer.store[place], expected, atol=1e-5)
+        assert torch.allclose(trainer.teacher.store[place], expected, atol=1e-5)
 
 
 def test_store_that_cannot_be_read_after_it_was_written(make_trainer, monkeypatch):
