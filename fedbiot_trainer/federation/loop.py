@@ -286,7 +286,7 @@ class RoundLoop:
         self.records, self.initial_alignment = list(state.records), state.initial_alignment
         self._open = state.open_round
         if self._open is not None:
-            server.begin_round()
+            server.begin_round(received=self._open.client_losses)
         server.aggregator.load_state_dict(state.aggregator)
         if self.evaluator is not None:
             self.evaluator.remember_zero_shot(state.zero_shot)

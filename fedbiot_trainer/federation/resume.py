@@ -11,7 +11,8 @@ from transformers import SchedulerType
 from transformers.utils import logging
 
 from ..config import FedBiOTConfig
-from ..output.run_folder import RunFolder
+from ..output.run_folder import ROUNDS, RunFolder
+from ..shared.records import RoundRecord
 from .state import FederationState
 
 
@@ -138,13 +139,11 @@ def find_state(folder: RunFolder, checkpoint: str | bool) -> FederationState | N
 def _find(folder: RunFolder, checkpoint: str | bool) -> FederationState | None:
     in_place = checkpoint is True or str(checkpoint).lower() == "true"
     path = folder.path if in_place else Path(checkpoint)
-    if path.is_file():
-        return FederationState.load(path)
-    states = path / "state" if (path / "state").is_dir() else path
-    state = FederationState.load_newest(states)
+    states = path.parent if path.is_file() else path / "state" if (path / "state").is_dir() else path
+    state = FederationState.load(path) if path.is_file() else FederationState.load_newest(states)
     if state is not None:
-        earlier = folder.records_before(state.server_round) if in_place else []
-        state.records = [*earlier, *state.records]
+        earlier = RoundRecord.read_all(states.parent / ROUNDS)
+        state.records = [*(r for r in earlier if r.server_round < state.server_round), *state.records]
         return state
     if any(states.glob("round-*.safetensors")):
         raise ValueError(f"`resume_from_checkpoint` is set, but every state in '{states}' is damaged.")

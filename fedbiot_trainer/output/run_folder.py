@@ -16,6 +16,7 @@ from .model_card import write_model_card
 
 
 RUN_FILES = ("rounds.jsonl", "summary.json", "rounds.png", "emulator_package", "client_lora", "state")
+ROUNDS = "rounds.jsonl"
 LOCK = ".lock"
 MAX_FOLDER_NAME = 200  # bytes
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -38,7 +39,7 @@ class RunFolder:
         self.args, self.model_name = args, model_name
         self.path = Path(args.output_dir)
         self.package, self.client_lora = self.path / "emulator_package", self.path / "client_lora"
-        self.state, self.rounds = self.path / "state", self.path / "rounds.jsonl"
+        self.state, self.rounds = self.path / "state", self.path / ROUNDS
         self._lock: int | None = None
 
     def check_free(self):
@@ -99,10 +100,6 @@ class RunFolder:
                 file.write(record.to_json() + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-
-    def records_before(self, server_round: int) -> list[RoundRecord]:
-        """The records of the rounds before `server_round` on disk."""
-        return [record for record in RoundRecord.read_all(self.rounds) if record.server_round < server_round]
 
     def set_records(self, records: list[RoundRecord]):
         """Let `rounds.jsonl` have just these records."""

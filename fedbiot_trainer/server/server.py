@@ -1,7 +1,7 @@
 """The owner side: the full model, the alignment, the average."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -67,7 +67,6 @@ class FederatedServer:
         self.models.move(args.device, args.offload_full_model)
         self.aggregator = make_aggregator(args)
         self._received: set[str] = set()
-        self._steps_before: dict[str, int] = {}
         self._dominant: set[str] = set()
         self.trainer = None
         # An emulator that drops nothing is the full model already.
@@ -118,15 +117,14 @@ class FederatedServer:
         """What a client needs once, with the LoRAs as of now."""
         return self.models.package(self.client_lora, self.emulator_lora)
 
-    def begin_round(self):
-        """Open a round: from here on updates are for it."""
+    def begin_round(self, received: Iterable[str] = ()):
+        """Open a round: from here on updates are for it. After a resume, some clients' may have been received."""
         self.aggregator.begin(self._traveling())
-        self._received, self._steps_before = set(), dict(self.client_steps)
+        self._received = set(received)
 
     def discard_round(self):
-        """Close a round without an average: clients will take its steps again."""
-        self.aggregator.begin(self._traveling())
-        self.client_steps = self._steps_before
+        """Close a round without an average. Its clients will take the same steps again."""
+        self.begin_round()
 
     def start_round(self, server_round: int, names: Sequence[str]) -> RoundStarts:
         """The payload of each client of a round, by name."""
@@ -174,12 +172,13 @@ class FederatedServer:
             raise PayloadError(f"Client '{client}' has sent an update in this round already.")
         self.aggregator.add(update)
         self._received.add(client)
-        self.client_steps[client] = self.client_steps.get(client, 0) + self.args.local_steps
         return update.metrics
 
     def aggregate(self) -> Aggregate:
         """Close the round: what comes of its updates is the next client LoRA."""
         aggregate = self.aggregator.finish()
+        for client in self._received:
+            self.client_steps[client] = self.client_steps.get(client, 0) + self.args.local_steps
         self.client_lora = self.client_lora | aggregate.client_lora  # of a frozen A, nothing comes
         for client, share in aggregate.weights.items():
             if share > DOMINANT_SHARE and len(aggregate.weights) > 2 and client not in self._dominant:

@@ -197,6 +197,7 @@ def test_a_path_of_another_folder(make_runner, whole, tmp_path):
     crash(make_runner, 2)
     for checkpoint in ("run", "run/state", "run/state/round-000002-0000.safetensors"):
         again = resumed(make_runner, str(tmp_path / checkpoint), output_dir=str(tmp_path / "on"))
+        assert again.summary.rounds == 3
         for key, tensor in whole.server.client_lora.items():
             assert torch.equal(again.server.client_lora[key], tensor), (checkpoint, key)
         shutil.rmtree(again.folder.path)
