@@ -2,7 +2,6 @@ import re
 from pathlib import Path
 
 import pytest
-import transformers
 from conftest import sums, tiny_model
 
 
@@ -23,7 +22,7 @@ def folder(tmp_path_factory, request):
 
 
 # Later blocks use what earlier ones wrote, as a reader would.
-@pytest.mark.parametrize("index", range(4), ids=["runner", "alignment", "client", "result"])
+@pytest.mark.parametrize("index", range(2), ids=["runner", "trainers"])
 def test_snippet(folder, index, monkeypatch):
     monkeypatch.chdir(folder)
     code = BLOCKS[index].replace("meta-llama/Llama-2-7b-hf", "base")
@@ -33,14 +32,11 @@ def test_snippet(folder, index, monkeypatch):
     exec(code, names)
     if index == 0:
         assert names["runner"].summary.rounds == 1
-    elif index == 3:
-        assert isinstance(names["model"], transformers.PreTrainedModel)
     else:
-        assert names["trainer"].state.global_step == 2
-        assert (folder / ["", "emulator_package/fedbiot.json", "my-client-lora/adapter_config.json"][index]).exists()
+        assert names["owner"].state.global_step == names["client"].state.global_step == 2
+        assert (folder / "emulator_package" / "fedbiot.json").exists()
+        assert (folder / "my-client-lora" / "adapter_config.json").exists()
 
 
-def test_snippets_are_short():
-    assert len(BLOCKS) == 4
-    for block in BLOCKS[1:3]:
-        assert len([line for line in block.splitlines() if line.strip()]) < 15
+def test_it_is_read_in_ten_minutes():
+    assert 700 <= len((ROOT / "README.md").read_text().split()) <= 1100
