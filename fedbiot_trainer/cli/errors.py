@@ -1,11 +1,12 @@
 """How a command ends that failed: with a line of its own, and that as the last one."""
 
-import os
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import NoReturn
+
+from ..shared.launcher import launcher_pid
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -43,14 +44,6 @@ def end_with_error(command: str, error: Exception) -> NoReturn:
             [sys.executable, "-I", "-S", "-c", REPEAT, str(launcher), line, str(WAIT)], start_new_session=True
         )
     sys.exit(1)
-
-
-def launcher_pid() -> int | None:
-    """The process id of the `accelerate launch` that started this process, if one did. Linux only."""
-    parent = os.getppid()
-    if sys.platform != "linux" or b"accelerate" not in Path(f"/proc/{parent}/cmdline").read_bytes():
-        return None
-    return parent
 
 
 def _is_own(error) -> bool:

@@ -3,16 +3,16 @@
 import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback
+
+from ..shared.launcher import launcher_pid
 
 
 PR_SET_PDEATHSIG = 1
@@ -86,10 +86,8 @@ def end_with_launcher():
     Be told when the `accelerate launch` that started this process is gone: killed, it would leave it running. Linux
     only; a shell that started the process directly may go.
     """
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    if b"accelerate" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+    parent = launcher_pid()
+    if parent is None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_GONE)
     if os.getppid() != parent:  # it was gone before

@@ -27,7 +27,7 @@ def run_method(
     **kwargs,
 ) -> RunSummary:
     """
-    Run a method and push its result to the Hub if `args.push_to_hub` is set.
+    Run a method.
 
     Args:
         method (`str`): A key of `METHODS`.
@@ -49,11 +49,7 @@ def run_method(
         return _run_alone(method, model, args, client_datasets, **kwargs)
     if chosen.clients == "pooled":
         client_datasets = {"pooled": concatenate_datasets(list(client_datasets.values()))}
-    runner = FederatedRunner(model, args, client_datasets, **kwargs)
-    summary = runner.train()
-    if args.push_to_hub:
-        runner.console.print(f"pushed to {runner.push_to_hub()}")
-    return summary
+    return FederatedRunner(model, args, client_datasets, **kwargs).train()
 
 
 def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:

@@ -1,6 +1,5 @@
 """A whole federated run in one object, as a trainer is a whole training."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -21,19 +20,18 @@ from transformers.utils import logging
 from ..client.client import FederatedClient
 from ..client.trainer import ClientSFTTrainer
 from ..config import FedBiOTConfig
-from ..data.lengths import mean_length
 from ..data.partition import name_client_datasets
 from ..data.sets import name_eval_sets, name_texts
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.text_metric import TextMetric
 from ..output.hub import push_folder
 from ..output.progress import RunProgress, no_progress_bars, reported
-from ..output.run_folder import RunFolder, library_versions
+from ..output.run_folder import RunFolder
 from ..output.tables import result_lines, result_table, split_table
 from ..output.trackers import Trackers
 from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
-from ..shared.records import RoundRecord, RunSummary
+from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.texts import check_chat_template, check_texts
 from ..shared.tokenizers import prepare_tokenizer
@@ -45,6 +43,7 @@ from .participation import Participation
 from .pool import LocalClients
 from .resume import check_settings, find_state, run_settings
 from .state import FederationState
+from .summary import summarize
 
 
 logger = logging.get_logger(__name__)
@@ -159,19 +158,15 @@ class FederatedRunner:
             self.evaluator = None
             if eval_dataset is not None:
                 self.evaluator = Evaluator(self.server.models, self.trainer, eval_sets, text_metrics)
-        for trainer in self._trainers:
-            trainer.remove_callback(PrinterCallback)
-
         self.console = Console()
         self.interruption = Interruption()
+        for trainer in filter(None, (self.trainer, self.server.trainer)):
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(self.interruption)
         self.pool = LocalClients(list(self.clients.values()), self.interruption)
         self.trackers = Trackers(args, args.num_rounds, callbacks or [], model, processing_class)
         self.records: list[RoundRecord] = []
         self.summary: RunSummary | None = None
-
-    @property
-    def _trainers(self):
-        return [trainer for trainer in (self.trainer, self.server.trainer) if trainer is not None]
 
     @property
     def state(self):
@@ -200,13 +195,14 @@ class FederatedRunner:
                 f"This runner has trained {self.trackers.state.global_step} rounds. Make another one to go on with "
                 "`resume_from_checkpoint=True`, or for another `output_dir`."
             )
-        args, started = self.args, time.perf_counter()
-        state = self._claim(resume_from_checkpoint or args.resume_from_checkpoint)
+        started = time.perf_counter()
         try:
+            state = self._claim(resume_from_checkpoint or self.args.resume_from_checkpoint)
             with self.interruption.listening(), frozen_garbage():
-                return self._train(state, started)
+                self._train(state, started)
         finally:
             self.folder.release()
+        return self.summary
 
     def _claim(self, checkpoint: str | bool | None) -> FederationState | None:
         """Take the folder, and find in it what to go on from."""
@@ -231,63 +227,27 @@ class FederatedRunner:
             self.folder.set_records(state.records)
         return state
 
-    def _train(self, state: FederationState | None, started: float) -> RunSummary:
-        args, server = self.args, self.server
-        parameters = server.models.count_parameters()
-        participation = Participation(args, args.seed)
-        num_asked = args.num_sampled(len(self.clients))
+    def _train(self, state: FederationState | None, started: float):
+        server, main = self.server, self.args.process_index == 0
         if state is not None:
             server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
             self.trackers.at_round(state.server_round)
-        self.trainer.package_lora = server.client_lora
-        with no_progress_bars():
-            bytes_once = server.package().save(self.folder.package, server.processing_class)
-        if args.process_index == 0:
-            server.save_tokenizer(self.folder.client_lora)
-            split, per_round = server.models.split.record(), server.payload_sizes()
-            self.console.print(split_table(split, parameters, bytes_once, per_round, num_asked))
-
-        per_round_steps = num_asked * args.local_steps
-        total_steps = args.num_rounds * per_round_steps
-        if server.trainer is not None:
-            total_steps += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
-        progress = RunProgress(total_steps, args.num_rounds, self.console, args.process_index == 0)
-        self.pool.on_client = progress.client
-        files = WriteFiles(self.folder, server)
-        keep = max(2, args.save_total_limit or 2)  # one to fall back on
-        loop = RoundLoop(
-            server,
-            self.pool,
-            participation,
-            Schedule(**{f.name: getattr(args, f.name) for f in fields(Schedule)}),
-            self.interruption,
-            observers=[
-                KeepState(self.folder.state, keep, args.save_after_clients),
-                files,
-                ShowProgress(progress),
-                CallCallbacks(self.trackers),
-            ],
-            evaluator=self.evaluator,
-            settings=self.settings,
-        )
-        for trainer in self._trainers:
-            trainer.add_callback(self.interruption)
+        parameters, bytes_once = self._write_package()
+        progress = self._progress(state)
+        loop = self._loop(progress)
         with (
             progress,
             reported(progress, self.trainer, "sft_loss"),
             reported(progress, server.trainer, "alignment_l2"),
         ):
             if state is not None:
-                progress.skip(state.alignment_steps + state.server_round * per_round_steps)
                 progress.line(f"going on after round {state.server_round}")
             self.trackers.tell("on_train_begin")
             try:
                 loop.run(state)
             finally:
-                for trainer in self._trainers:
-                    trainer.remove_callback(self.interruption)
-                files.save_loras()
-                self.folder.save(loop.records, None)
+                self.records = loop.records
+                self.save_model()
             progress.phase(loop.server_round, "evaluating")
             results = self.evaluate()
             # Shown with the last round.
@@ -295,48 +255,70 @@ class FederatedRunner:
             scores = {who: values.keys() - shown for who, values in results.items()}
             self.trackers.log({f"{who}_{name}": results[who][name] for who, names in scores.items() for name in names})
 
-        self.records = loop.records
-        self.summary = self._summarize(loop, results, parameters, bytes_once, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.summary = summarize(
+            self.args,
+            server,
+            self.clients,
+            self.records,
+            results,
+            parameters,
+            bytes_once,
+            seconds,
+            loop.initial_alignment,
+        )
         self.save_model()
         self.trackers.tell("on_train_end")
-        if args.process_index == 0:
+        if main:
             if results:
                 self.console.print("", result_table(self.summary))
             self.console.print(
                 *result_lines(self.summary, self.folder.path), sep="\n", highlight=False, soft_wrap=True
             )
-        return self.summary
+        if self.args.push_to_hub and main:
+            self.console.print(f"pushed to {self.push_to_hub()}")
 
-    def _summarize(self, loop: RoundLoop, results, parameters, bytes_once: int, seconds: float) -> RunSummary:
-        args, public = self.args, [self.server.trainer.train_dataset] if self.server.trainer is not None else []
-        phases = sorted({phase for record in loop.records for phase in record.seconds})
-        return RunSummary(
-            **results,
-            split=self.server.models.split.record(),
-            rounds=len(loop.records),
-            processes={"number": args.world_size, "type": self.trainer.accelerator.distributed_type.value},
-            bytes={
-                "once_per_client": bytes_once,
-                "down": sum(record.bytes_down for record in loop.records),
-                "up": sum(record.bytes_up for record in loop.records),
-            },
-            seconds={
-                "total": seconds,
-                **{phase: sum(record.seconds.get(phase, 0) for record in loop.records) for phase in phases},
-            },
-            parameters=parameters,
-            num_examples={name: client.num_examples for name, client in self.clients.items()},
-            num_public_examples=len(public[0]) if public else 0,
-            tokens_per_example={
-                "clients": mean_length(client.train_dataset for client in self.clients.values()),
-                "public": mean_length(public) if public else None,
-            },
-            initial_alignment=loop.initial_alignment,
-            settings=json.loads(json.dumps(args.to_dict(), default=str)),
-            peft_config=json.loads(
-                json.dumps(self.server.models.adap_fu.peft_config["client"].to_dict(), default=list)
-            ),
-            versions=library_versions(),
+    def _write_package(self) -> tuple[ParameterCounts, int]:
+        """Write what clients get, and show the split. Returns its sizes, in parameters and bytes."""
+        server, parameters = self.server, self.server.models.count_parameters()
+        self.trainer.package_lora = server.client_lora
+        with no_progress_bars():
+            bytes_once = server.package().save(self.folder.package, server.processing_class)
+        if self.args.process_index == 0:
+            server.save_tokenizer(self.folder.client_lora)
+            split, asked = server.models.split.record(), self.args.num_sampled(len(self.clients))
+            self.console.print(split_table(split, parameters, bytes_once, server.payload_sizes(), asked))
+        return parameters, bytes_once
+
+    def _progress(self, state: FederationState | None) -> RunProgress:
+        args = self.args
+        per_round = args.num_sampled(len(self.clients)) * args.local_steps
+        total = args.num_rounds * per_round
+        if self.server.trainer is not None:
+            total += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
+        progress = RunProgress(total, args.num_rounds, self.console, args.process_index == 0)
+        if state is not None:
+            progress.skip(state.alignment_steps + state.server_round * per_round)
+        self.pool.on_client = progress.client
+        return progress
+
+    def _loop(self, progress: RunProgress) -> RoundLoop:
+        args = self.args
+        keep = max(2, args.save_total_limit or 2)  # one to fall back on
+        return RoundLoop(
+            self.server,
+            self.pool,
+            Participation(args, args.seed),
+            Schedule(**{f.name: getattr(args, f.name) for f in fields(Schedule)}),
+            self.interruption,
+            observers=[
+                KeepState(self.folder.state, keep, args.save_after_clients),
+                WriteFiles(self.folder, self.server),
+                ShowProgress(progress),
+                CallCallbacks(self.trackers),
+            ],
+            evaluator=self.evaluator,
+            settings=self.settings,
         )
 
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -412,10 +412,10 @@ BAD_UPDATES = {
     "altered": (altered, "truncated or altered"),
     "another round": (lambda update: with_fields(update, server_round=1), "from round 1, but this is round 2"),
     "another client": (lambda update: with_fields(update, client="north"), "signed by client 'north'"),
-    "wrong shape": (lambda update: with_state(update, lambda t: t[:-1]), "expected torch.float32"),
+    "wrong shape": (lambda update: with_state(update, lambda t: t[:-1]), "expected shape [4, 48]"),
     "wrong dtype": (lambda update: with_state(update, lambda t: t.half()), "torch.float16"),
     "not finite": (lambda update: with_state(update, lambda t: t * float("nan")), "not finite"),
-    "loss not finite": (lambda update: with_fields(update, metrics={"loss": float("inf")}), "cannot be read"),
+    "loss not finite": (lambda update: with_fields(update, metrics={"loss": float("inf")}), "expected a finite number"),
     "not a payload": (lambda update: b"hello", "not a FedBiOT payload"),
 }
 

@@ -1,0 +1,67 @@
+"""What a run reports at its end."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from accelerate import PartialState
+
+from ..client.client import FederatedClient
+from ..config import FedBiOTConfig
+from ..data.lengths import mean_length
+from ..output.run_folder import library_versions
+from ..server.server import FederatedServer
+from ..shared.lora_state import CLIENT
+from ..shared.records import ParameterCounts, RoundRecord, RunSummary, Scores
+
+
+def summarize(
+    args: FedBiOTConfig,
+    server: FederatedServer,
+    clients: Mapping[str, FederatedClient],
+    records: Sequence[RoundRecord],
+    results: Mapping[str, Scores],
+    parameters: ParameterCounts,
+    bytes_once: int,
+    seconds: float,
+    initial_alignment: dict[str, float],
+) -> RunSummary:
+    """
+    The content of `summary.json`.
+
+    Args:
+        args ([`FedBiOTConfig`]): Configuration.
+        server, clients: The two sides.
+        records (sequence of [`RoundRecord`]): All rounds.
+        results (`dict`): Scores of `zero_shot`, `adap_emu` and `adap_fu`; empty without held-out text.
+        parameters ([`ParameterCounts`]), bytes_once (`int`): Sizes.
+        seconds (`float`): Wall time.
+        initial_alignment (`dict[str, float]`): What came of it.
+    """
+    public = [server.trainer.train_dataset] if server.trainer is not None else []
+    phases = sorted({phase for record in records for phase in record.seconds})
+    return RunSummary(
+        **results,
+        split=server.models.split.record(),
+        rounds=len(records),
+        processes={"number": args.world_size, "type": PartialState().distributed_type.value},
+        bytes={
+            "once_per_client": bytes_once,
+            "down": sum(record.bytes_down for record in records),
+            "up": sum(record.bytes_up for record in records),
+        },
+        seconds={
+            "total": seconds,
+            **{phase: sum(record.seconds.get(phase, 0) for record in records) for phase in phases},
+        },
+        parameters=parameters,
+        num_examples={name: client.num_examples for name, client in clients.items()},
+        num_public_examples=len(public[0]) if public else 0,
+        tokens_per_example={
+            "clients": mean_length(client.train_dataset for client in clients.values()),
+            "public": mean_length(public) if public else None,
+        },
+        initial_alignment=initial_alignment,
+        settings=json.loads(json.dumps(args.to_dict(), default=str)),
+        peft_config=json.loads(json.dumps(server.models.adap_fu.peft_config[CLIENT].to_dict(), default=list)),
+        versions=library_versions(),
+    )
