@@ -9,6 +9,7 @@ import yaml
 
 from ..config.checks import check_federation
 from ..config.settings import (
+    AggregationSettings,
     AlignmentSettings,
     EvaluationSettings,
     FederationSettings,
@@ -18,7 +19,14 @@ from ..config.settings import (
 from ..data.names import check_path, template_columns
 
 
-SETTINGS = (EvaluationSettings, PartitionSettings, AlignmentSettings, FederationSettings, SplitSettings)
+SETTINGS = (
+    EvaluationSettings,
+    PartitionSettings,
+    AlignmentSettings,
+    AggregationSettings,
+    FederationSettings,
+    SplitSettings,
+)
 SOURCES = (
     "task", "dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "prompt_template",
     "completion_template", "public_prompt_template", "public_completion_template", "max_train_samples",

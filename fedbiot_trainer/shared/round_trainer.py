@@ -255,8 +255,8 @@ class RoundTrainer(SFTTrainer):
         if self.model.training:
             self.step_metrics[name].append(self._metrics["train"][name][-1])
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # the optimizer is next
             recorded = (values[-1] for values in self.step_metrics.values() if values)
             self._check_finite("loss", all(map(math.isfinite, recorded)))

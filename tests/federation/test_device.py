@@ -1,6 +1,7 @@
 """On a device with memory of its own, which is simulated: no tensor is left on the other, and results are the CPU's."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def results(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "base")
     command = [sys.executable, HERE.parent / "simulated_device.py", HERE / "device_run.py"]
     command += [folder / "base", folder / "device"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-5000:]
     on_device = json.loads(run.stdout.splitlines()[-1])
     return on_device, device_run.results(str(folder / "base"), str(folder / "cpu"), use_cpu=True)

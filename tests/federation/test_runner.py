@@ -415,7 +415,10 @@ BAD_UPDATES = {
     "wrong shape": (lambda update: with_state(update, lambda t: t[:-1]), "expected shape [4, 48]"),
     "wrong dtype": (lambda update: with_state(update, lambda t: t.half()), "torch.float16"),
     "not finite": (lambda update: with_state(update, lambda t: t * float("nan")), "not finite"),
-    "loss not finite": (lambda update: with_fields(update, metrics={"loss": float("inf")}), "expected a finite number"),
+    "loss not finite": (
+        lambda update: with_fields(update, metrics={"loss": float("inf")}),
+        "expected a finite number",
+    ),
     "not a payload": (lambda update: b"hello", "not a FedBiOT payload"),
 }
 
@@ -464,7 +467,7 @@ def test_client_refuses_a_bad_start(make_runner):
     with pytest.raises(PayloadError, match="truncated or altered"):
         client.fit(start[:-1])
     foreign = RoundStart(1, LocalWork(1, 0, 0, 1, 0.0, 0), runner.server.client_lora, {"x": torch.ones(1)}).to_bytes()
-    with pytest.raises(PayloadError, match="The emulator LoRA has missing or unknown tensors"):
+    with pytest.raises(PayloadError, match="The round start has missing or unknown tensors: 'emulator_lora/"):
         client.fit(foreign)
 
 

@@ -301,7 +301,7 @@ def test_held_out_share_of_one_file(tmp_path):
 
 def test_address_of_a_file(monkeypatch):
     calls = []
-    monkeypatch.setattr(sources, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(sources, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or sums(0, 2))
     sources.read_dataset("https://example.org/x.jsonl", None, "test")
     sources.read_dataset("owner/name", "main", "test")
     assert calls == [

@@ -7,10 +7,10 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from fedbiot_trainer import EmulatorAlignmentTrainer
-from fedbiot_trainer.server.teachers import PLACE
 from fedbiot_trainer.server.capture import OutputHead, run_adapter_layers, run_full_model
 from fedbiot_trainer.server.hidden_states import HiddenStateStore, store_folder
 from fedbiot_trainer.server.split_model import SplitModel
+from fedbiot_trainer.server.teachers import PLACE
 from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
 
 
