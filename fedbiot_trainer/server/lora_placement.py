@@ -7,6 +7,7 @@ emulator, and PEFT is given the shortest configuration that it reads as exactly 
 """
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ logger = logging.get_logger(__name__)
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
 ALL_LINEAR = "all-linear"
 _PROBE = LoraConfig()
+# RWKV scales these weights in place when it is evaluated, and no LoRA on them.
+_RESCALED = ("attention.output", "feed_forward.value")
+# Of decoders that an encoder may stand beside. A causal LM does not run it.
+_CROSS_ATTENTION = re.compile(r"(^|\.)(encoder_attn|crossattention|cross_attn)(\.|$)")
 
 
 def with_rank(config: LoraConfig | None, r: int) -> LoraConfig:
@@ -153,6 +158,8 @@ def place_lora(
             "what can be trained on some layers alone."
         )
     matched = [name for name in matched if _last(name) not in renamed]
+    if chosen:
+        matched = [name for name in matched if not _weight_is_taken(model, name)]
     if not matched:
         inside = sorted({_layer_and_name(name, split.layers_name)[1] for names in linears for name in names})
         hint = "" if whose == "adapter" else " The emulator LoRA takes its own as `emulator_peft_config`."
@@ -220,8 +227,11 @@ def _entries(names) -> list[str]:
 def _usable_linears(model: PreTrainedModel, layer_name: str) -> list[str]:
     """Full names of the linear layers within a decoder layer that a LoRA can go on, in the order of the modules."""
     quantized = getattr(model, "hf_quantizer", None) is not None
+    rescaled = bool(getattr(model.config, "rescale_every", 0))
     names = []
     for path, module in model.get_submodule(layer_name).named_modules():
+        if _CROSS_ATTENTION.search(path) or (rescaled and path in _RESCALED):
+            continue
         if is_linear(module) and (quantized or _is_a_projection(module)) and _peft_takes(model, _last(path)):
             names.append(f"{layer_name}.{path}")
     return names
@@ -265,6 +275,24 @@ def _peft_takes(model: PreTrainedModel, name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _weight_is_taken(model: PreTrainedModel, name: str) -> bool:
+    """
+    Whether the module around a linear layer has code that takes its weight without calling it, as kernels of state-space
+    layers do: with them, a LoRA on it would not be trained.
+    """
+    parent, _, own_name = name.rpartition(".")
+    taken = re.compile(rf"self\.{own_name}\.weight\b(?!\.(dtype|device|shape|size))")
+    for kind in type(model.get_submodule(parent)).__mro__:
+        for method, function in vars(kind).items() if kind is not nn.Module else ():
+            if inspect.isfunction(function) and "init" not in method and "reset" not in method:
+                try:
+                    if taken.search(inspect.getsource(function)):
+                        return True
+                except (OSError, TypeError):  # no source at hand
+                    continue
+    return False
 
 
 def _renamed_by_peft(model: PreTrainedModel, name: str) -> bool:
