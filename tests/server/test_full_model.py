@@ -102,7 +102,9 @@ def test_rwkv_that_has_been_evaluated():
 @pytest.mark.parametrize("model_type", ["modernbert-decoder", "bart", "openai-gpt"])
 def test_decoders_that_are_called_otherwise(model_type):
     sizes = {"decoder_layers": 8, "encoder_layers": 2, "d_model": 32, "decoder_ffn_dim": 48, "is_decoder": True}
-    model = tiny_model(model_type, **({**sizes, "decoder_attention_heads": 4} if model_type == "bart" else {}))
+    model = tiny_model(
+        model_type, bos_token_id=1, **({**sizes, "decoder_attention_heads": 4} if model_type == "bart" else {})
+    )
     split = choose_split(model, 2, 0.5)
     assert split.num_layers == 8
     from fedbiot_trainer.server.split_check import check_split
