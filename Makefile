@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow test-lm-eval quality style clean
+.PHONY: install demo test test-slow test-lm-eval architectures quality style clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,10 @@ test-lm-eval:
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -e ".[lm-eval]" pytest
 	$(VENV)-lm-eval/bin/python -c "import lm_eval"  # without it the tests would be skipped
 	$(VENV)-lm-eval/bin/python -m pytest tests/test_lm_eval.py
+
+# docs/architectures.md
+architectures: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/architectures.py
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

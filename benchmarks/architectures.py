@@ -15,7 +15,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -55,13 +57,29 @@ SIZES = {
     **{"is_decoder": True},
 }
 TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 1}
-OFTEN_NONE = ("head_dim", "num_key_value_heads", "moe_intermediate_size", "n_routed_experts")
+OFTEN_NONE = (
+    *("head_dim", "num_key_value_heads", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"),
+    *("n_shared_experts", "n_group", "topk_group"),
+)
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
 # What an architecture needs beside them.
 OWN = {
     "bamba": {**MAMBA, "attn_layer_indices": [2, 5]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), {"use_sliding_window": False}),
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    **dict.fromkeys(
+        ("qwen4_exp_text",),
+        {
+            **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
+            **{"indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "split_ngram_parts": 1, "hc_lowrank": 8},
+        },
+    ),
     "gpt_neo": {"num_layers": 8, "num_heads": 4, "attention_types": [[["global", "local"], 4]]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"] * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},
@@ -140,7 +158,7 @@ def try_architecture(model_type: str, folder: Path) -> Outcome:
     teachers, reasons = [], []
     for teacher in ("cached", "online"):
         try:
-            _check_run(tiny_model(model_type), tiny_model(model_type), folder / teacher, teacher)
+            _check_teacher(model_type, teacher, folder / teacher)
             teachers.append(teacher)
         except ValueError as error:
             reasons.append(_short(error))
@@ -178,68 +196,98 @@ def _check_models(model: PreTrainedModel, own: torch.Tensor, folder: Path) -> st
     _expect(all(map(torch.equal, split.extract().values(), states[0].values())), "extract is not plug in's inverse")
     package = EmulatorPackage.load(folder / "package")
     _expect(torch.allclose(_forward(package.model.eval()), _forward(split.package_model.eval()), atol=1e-4), "package")
-    peft = package.peft_model().eval()
-    _expect(_forward(peft).isfinite().all(), "AdapEmu gives numbers that are not finite")
+    adap_emu = package.peft_model().eval()
+    _expect(_forward(adap_emu).isfinite().all(), "AdapEmu gives numbers that are not finite")
     prompt = torch.tensor([[5, 6, 7]])
-    new = peft.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
+    new = adap_emu.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False
+    )
     _expect(new.shape[1] > 3, "generation")
     _expect(all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "the full model has changed")
     names = {re.sub(r"^.*?\.\d+\.", "", key).split(".lora_")[0] for key in states[0]}
     return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
-def _check_run(model: PreTrainedModel, again: PreTrainedModel, folder: Path, teacher: str):
-    """One round, and its result on the full model by PEFT alone."""
-    rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(24)]
+def _check_teacher(model_type: str, teacher: str, folder: Path):
+    """An alignment step with a cached or an online teacher; with the cached one, a whole round as well."""
+    rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(16)]
     args = FedBiOTConfig(
         output_dir=str(folder / "run"),
         **{"num_rounds": 1, "local_steps": 1, "initial_alignment_steps": 1, "alignment_steps": 1, "teacher": teacher},
         **{"per_device_train_batch_size": 2, "alignment_batch_size": 2, "teacher_cache_dir": str(folder / "cache")},
         **{"report_to": "none", "disable_tqdm": True, "use_cpu": True, "log_level": "error", "max_length": 32},
     )
-    try:
-        runner = FederatedRunner(
-            model,
+
+    def make():
+        return FederatedRunner(
+            tiny_model(model_type),
             args,
             client_datasets={"a": Dataset.from_list(rows[:8])},
-            public_dataset=Dataset.from_list(rows[8:16]),
-            eval_dataset=Dataset.from_list(rows[16:]),
+            public_dataset=Dataset.from_list(rows[8:]),
             processing_class=tiny_tokenizer(),
             peft_config=LoraConfig(r=2),
         )
+
+    try:
+        runner = make()
     except ValueError as error:
         if "alignment_kl_weight=0" not in str(error):
             raise
         args.alignment_kl_weight = 0.0
-        return _check_run_without_kl(model, again, folder, args, rows)
-    _train_and_compare(runner, again)
-
-
-def _check_run_without_kl(model, again, folder, args, rows):
-    runner = FederatedRunner(
-        model,
-        args,
-        client_datasets={"a": Dataset.from_list(rows[:8])},
-        public_dataset=Dataset.from_list(rows[8:16]),
-        eval_dataset=Dataset.from_list(rows[16:]),
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=2),
-    )
-    _train_and_compare(runner, again)
-
-
-def _train_and_compare(runner: FederatedRunner, again: PreTrainedModel):
+        runner = make()
+    if teacher == "online":
+        _expect(runner.server.align(1)["alignment_l2"] > 0, "alignment")
+        return
     runner.train()
     runner.server.install_loras()
-    plain = PeftModel.from_pretrained(again, runner.folder.client_lora).eval()
-    _expect(
-        torch.allclose(_forward(plain), _forward(runner.server.models.adap_fu.eval()), atol=1e-3), "PEFT's reading"
-    )
+    plain = PeftModel.from_pretrained(tiny_model(model_type), runner.folder.client_lora).eval()
+    own = runner.server.models.adap_fu.eval()
+    _expect(torch.allclose(_forward(plain), _forward(own), atol=1e-3), "PEFT reads another LoRA")
+
+
+def write_table(outcomes: dict[str, Outcome]):
+    """Write docs/architectures.md."""
+    groups = {
+        "supported": [name for name, outcome in outcomes.items() if outcome.verdict == "supported"],
+        "refused": [name for name, outcome in outcomes.items() if outcome.verdict.startswith("refused")],
+        "failing": [name for name, outcome in outcomes.items() if outcome.verdict.startswith("fails")],
+        "not tried": [name for name, outcome in outcomes.items() if outcome.verdict.startswith("not tried")],
+    }
+    counts = ", ".join(f"{len(names)} {group}" for group, names in groups.items() if names)
+    lines = [
+        "# Architectures",
+        "",
+        f"Every causal LM that transformers {transformers.__version__} knows, as a random model of 8 layers: {counts}.",
+        "`make architectures` makes this table with PEFT "
+        + f"{peft.__version__}"
+        + " (on a CPU; `--only NAME` tries one).",
+        "",
+        "An architecture is *supported* if a model of it went through the split, beta = 0 giving the full model's logits,",
+        "the emulator package and back, generation, an alignment step with each teacher, a round of a client, and the",
+        "result loaded on the full model by PEFT alone. The targets are those of `LoraConfig()` without `target_modules`.",
+        "Experts of mixtures stay frozen: two LoRAs of one model cannot be on the experts of different layers in PEFT. What",
+        "is *refused* is refused before any work, with the reason given here. It is no statement about quality.",
+        "",
+        "## Supported",
+        "",
+        "| model type | class | default targets | teacher |",
+        "|---|---|---|---|",
+    ]
+    for name in groups["supported"]:
+        outcome = outcomes[name]
+        lines.append(f"| {name} | {outcome.kind} | {outcome.targets} | {outcome.teachers} |")
+    for title, group in (("Refused", "refused"), ("Failing", "failing"), ("Not tried", "not tried")):
+        if groups[group]:
+            lines += ["", f"## {title}", "", "| model type | class | because |", "|---|---|---|"]
+        for name in groups[group]:
+            reason = outcomes[name].verdict.partition(": ")[2]
+            lines.append(f"| {name} | {outcomes[name].kind} | {reason} |")
+    TABLE.write_text("\n".join(lines) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="Model types to try, without writing the table.")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="Model types to try, without writing the table.")
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -250,10 +298,13 @@ def main():
         try:
             outcomes[model_type] = try_architecture(model_type, folder)
         except Exception as error:
-            outcomes[model_type] = Outcome("", f"FAILS: {type(error).__name__}: {_short(error)}")
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+            outcomes[model_type] = Outcome(kind, f"fails: {type(error).__name__}: {_short(error)}")
         finally:
             shutil.rmtree(folder)
-        print("RESULT", model_type, outcomes[model_type], flush=True)
+        print(f"{model_type}: {outcomes[model_type]}", flush=True)
+    if given.only is None:
+        write_table(outcomes)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..shared.compat import children, copy_module
 from ..shared.processes import whole_shape
 from ..shared.quantized import is_linear, keep_weight_layout
-from .split import LayerSplit, layer_counts
+from .split import LayerSplit, layer_count_name
 
 
 # Names under which decoder layers and their attention modules keep their own position.
@@ -79,8 +79,7 @@ def _shrink_config(config: PretrainedConfig, split: LayerSplit) -> PretrainedCon
         elif _LISTS_LAYERS.search(name) and _are_layers(value, split):
             positions = [split.full_indices.index(i) for i in value if i in split.full_indices]
             setattr(text_config, name, type(value)(positions))
-    for name in layer_counts(text_config):
-        setattr(text_config, name, len(split.full_indices))
+    setattr(text_config, layer_count_name(text_config), len(split.full_indices))
     overrides = text_config.to_dict().get("per_layer_config")
     if overrides:
         overrides = {int(index): changes for index, changes in overrides.items()}
@@ -148,6 +147,16 @@ def _check_rebuild(emulator: PreTrainedModel, split: LayerSplit):
             f"`model` is {type(emulator).__name__}, in which `{key}` depends on the layer's position in a way that "
             f"`config` cannot describe ({ours.get(key)} in the full model, {theirs.get(key)} after loading), so "
             "dropping layers would change it. This architecture is not supported."
+        )
+    shapes = [
+        {name: whole_shape(p) for name, p in m.named_parameters() if not name.startswith(f"{split.layers_name}.")}
+        for m in (emulator, rebuilt)
+    ]
+    different = [name for name in shapes[1] if shapes[0].get(name) != shapes[1][name]]
+    if different and not quantized:
+        raise ValueError(
+            f"`model` is {type(emulator).__name__}, in which `{different[0]}`, which is no decoder layer, depends on how "
+            "many there are, so dropping layers would change it. This architecture is not supported."
         )
 
 

@@ -11,29 +11,26 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..shared.processes import whole_shape
 from ..shared.quantized import is_linear
 from .lora_options import check_lora_options
+from .lora_targets import renamed_by_peft, usable_linears, weight_is_taken
 from .split import LayerSplit
 
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
-ALL_LINEAR = "all-linear"
-_PROBE = LoraConfig()
+EVERY = ".*"
 
 
 def with_rank(config: LoraConfig | None, r: int) -> LoraConfig:
@@ -84,9 +81,8 @@ class LoraPlacement:
             if names != self.modules.keys():
                 config.layers_to_transform = sorted(set(positions))
                 config.layers_pattern = [self.layers_name.rpartition(".")[2]]
-            if {name for name, _ in model.named_modules() if check_target_module_exists(config, name)} == set(
-                self.modules
-            ):
+            read = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+            if read == self.modules.keys():
                 break
         return config
 
@@ -135,17 +131,12 @@ def place_lora(
     Raises:
         ValueError: If it matches none, or such that PEFT puts it on other layers as well.
     """
-    linears = [_usable_linears(model, f"{split.layers_name}.{index}") for index in layers]
-    chosen = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    chosen = chosen or config.target_modules is None
-    targets = ".*" if chosen else config.target_modules
-    if config.target_modules is None and (known := _peft_choice(model)):
-        if all(any(map(_reader(known), names)) for names in linears):
-            targets = known
+    linears = [usable_linears(model, f"{split.layers_name}.{index}") for index in layers]
+    targets, chosen = _targets(config, model, linears)
     reads = _reader(targets, config.exclude_modules)
     matched = [name for names in linears for name in names if reads(name)]
     named = [] if isinstance(targets, str) else targets
-    renamed = sorted({name for name in map(_last, [*matched, *named]) if _renamed_by_peft(model, name)})
+    renamed = sorted({name for name in map(_last, [*matched, *named]) if renamed_by_peft(model, name)})
     if renamed and not chosen:
         raise ValueError(
             f"`target_modules` is {_shown(targets)}, but in {type(model).__name__} PEFT takes {', '.join(renamed)} for "
@@ -153,6 +144,8 @@ def place_lora(
             "what can be trained on some layers alone."
         )
     matched = [name for name in matched if _last(name) not in renamed]
+    if chosen:
+        matched = [name for name in matched if not weight_is_taken(model, name)]
     if not matched:
         inside = sorted({_layer_and_name(name, split.layers_name)[1] for names in linears for name in names})
         hint = "" if whose == "adapter" else " The emulator LoRA takes its own as `emulator_peft_config`."
@@ -160,7 +153,7 @@ def place_lora(
             f"`target_modules` is {_shown(config.target_modules)}, which matches no linear layer in the {whose} layers "
             f"{list(layers)} of {type(model).__name__}. There are: {', '.join(inside) or 'none'}.{hint}"
         )
-    if targets == ".*":
+    if targets == EVERY:
         _warn_of_experts(model, split, layers, renamed)
     modules = {
         name: (
@@ -170,6 +163,18 @@ def place_lora(
         for name in matched
     }
     return LoraPlacement(config, split.layers_name, modules)
+
+
+def _targets(config: LoraConfig, model: PreTrainedModel, linears: list[list[str]]) -> tuple[str | list[str], bool]:
+    """Names or a pattern for PEFT, and whether they were left to this library."""
+    given = config.target_modules
+    if given is None:
+        known = _peft_choice(model)
+        # Of a hybrid, some layers may have no such modules.
+        if known and all(any(map(_reader(known), names)) for names in linears):
+            return known, True
+        return EVERY, True
+    return (EVERY, True) if isinstance(given, str) and given.lower() == "all-linear" else (given, False)
 
 
 def check_placement(model: PeftModel, lora_name: str, placement: LoraPlacement):
@@ -197,13 +202,16 @@ def check_placement(model: PeftModel, lora_name: str, placement: LoraPlacement):
 def _refuse_names_of_nothing(config: LoraConfig, argument: str, model: PreTrainedModel, split: LayerSplit):
     """Raise if a name or pattern in `config` is for no module: it would be left out without a word."""
     layers = sorted({*split.kept, *split.adapter_indices})
-    linear = [name for index in layers for name in _usable_linears(model, f"{split.layers_name}.{index}")]
+    linear = [name for index in layers for name in usable_linears(model, f"{split.layers_name}.{index}")]
     every = [name for name, _ in model.named_modules() if name]
     entries = [("target_modules", target, _reader([target])) for target in _entries(config.target_modules)]
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
             entries.append((field, pattern, lambda name, p=pattern: get_pattern_key([p], name) == p))
-    entries += [("exclude_modules", name, _reader([name])) for name in _entries(config.exclude_modules)]
+    excluded = config.exclude_modules
+    entries += [("exclude_modules", name, _reader([name])) for name in _entries(excluded)]
+    if isinstance(excluded, str):
+        entries.append(("exclude_modules", excluded, _reader(excluded)))
     for field, entry, reads in entries:
         if not any(map(reads, every if field == "exclude_modules" else linear)):
             inside = sorted({_layer_and_name(name, split.layers_name)[1] for name in linear})
@@ -217,34 +225,6 @@ def _entries(names) -> list[str]:
     return [] if names is None or isinstance(names, str) else sorted(names)
 
 
-def _usable_linears(model: PreTrainedModel, layer_name: str) -> list[str]:
-    """Full names of the linear layers within a decoder layer that a LoRA can go on, in the order of the modules."""
-    quantized = getattr(model, "hf_quantizer", None) is not None
-    names = []
-    for path, module in model.get_submodule(layer_name).named_modules():
-        if is_linear(module) and (quantized or _is_a_projection(module)) and _peft_takes(model, _last(path)):
-            names.append(f"{layer_name}.{path}")
-    return names
-
-
-def _is_a_projection(module: nn.Module) -> bool:
-    """Whether it does to shapes what a linear layer does: routers and grouped projections are subclasses that do not."""
-    if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:
-        return True
-    if not isinstance(module, nn.Linear):
-        return False
-    probe = copy.copy(module)
-    probe._parameters = {
-        name: parameter if parameter is None else torch.empty(whole_shape(parameter), device="meta")
-        for name, parameter in module._parameters.items()
-    }
-    try:
-        output = type(module).forward(probe, torch.empty(2, 3, module.in_features, device="meta"))
-    except Exception:  # whatever a layer of another kind makes of it
-        return False
-    return isinstance(output, torch.Tensor) and output.shape == (2, 3, module.out_features)
-
-
 def _peft_choice(model: PreTrainedModel) -> str | list[str] | None:
     for config in (model.config, model.config.get_text_config()):
         if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
@@ -256,25 +236,6 @@ def _reader(targets, excluded=None) -> Callable[[str], bool]:
     """Whether PEFT reads `targets`, less `excluded`, as naming a module of the full model."""
     config = LoraConfig(target_modules=targets, exclude_modules=excluded)
     return lambda name: bool(check_target_module_exists(config, name))
-
-
-def _peft_takes(model: PreTrainedModel, name: str) -> bool:
-    """PEFT refuses projections of state-space layers whose weights are used without calling them."""
-    try:
-        _check_lora_target_modules_mamba(_PROBE, model, name)
-    except ValueError:
-        return False
-    return True
-
-
-def _renamed_by_peft(model: PreTrainedModel, name: str) -> bool:
-    """Whether PEFT takes `name` in `target_modules` for experts' weights of old, which are one parameter by now."""
-    config = LoraConfig(target_modules=[name])
-    try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:  # a part of a fused weight
-        return True
-    return config.target_modules != {name}
 
 
 def _warn_of_experts(model: PreTrainedModel, split: LayerSplit, layers: Iterable[int], renamed: list[str]):

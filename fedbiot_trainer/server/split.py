@@ -139,9 +139,10 @@ def check_full_model(model: PreTrainedModel):
         )
 
 
-def layer_counts(config: PreTrainedConfig) -> list[str]:
-    """The settings that tell how many layers the decoder has: of a family with encoders, that of its decoders."""
-    return [name for name in ("decoder_layers", "num_hidden_layers") if getattr(config, name, None) is not None]
+def layer_count_name(config: PreTrainedConfig) -> str:
+    """The setting that tells how many layers the decoder has: in a family with encoders, its decoders have one."""
+    names = ("decoder_layers", "num_decoder_layers")
+    return next((name for name in names if getattr(config, name, None) is not None), "num_hidden_layers")
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -156,14 +157,14 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"`model` is {name}, an encoder-decoder. FedBiOT splits decoder-only causal LMs.")
     config = model.config.get_text_config()
-    num_layers = next((getattr(config, count) for count in layer_counts(config)), None)
-    found: dict[str, nn.ModuleList] = {}
+    num_layers = getattr(config, layer_count_name(config), None)
     decoder = model.get_decoder()
     decoder_name = next((path for path, module in model.named_modules() if module is decoder), "")
-    for path, module in (decoder if decoder_name else model).named_modules(prefix=decoder_name):
-        nested = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not nested:
-            found[path] = module
+    inside = _outermost_lists(decoder, decoder_name, num_layers) if decoder_name else {}
+    found = inside or _outermost_lists(model, "", num_layers)
+    if len(found) > 1:  # towers that the decoder holds are further inside than its own layers
+        depth = min(path.count(".") for path in found)
+        found = {path: layers for path, layers in found.items() if path.count(".") == depth}
     if len(found) != 1:
         raise ValueError(
             f"`model` is {name}, in which {len(found)} lists of {num_layers} decoder layers were found "
@@ -171,6 +172,15 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "`config.num_hidden_layers` layers in one `nn.ModuleList`."
         )
     return next(iter(found.items()))
+
+
+def _outermost_lists(root: nn.Module, name: str, length: int) -> dict[str, nn.ModuleList]:
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in root.named_modules(prefix=name):
+        nested = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == length and not nested:
+            found[path] = module
+    return found
 
 
 def choose_split(

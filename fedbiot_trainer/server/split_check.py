@@ -62,6 +62,13 @@ def check_split(models: SplitModel, device: torch.device, compare_full: bool = T
                     f"`model` is {name}, whose adapter layers need more of the layers below than a vector for each "
                     "token, so they cannot be run from stored hidden states. Set `teacher='online'`."
                 )
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"`model` is {name}, whose decoder cannot run without some of its layers ({type(error).__name__}: {error}). "
+            "This architecture is not supported."
+        ) from error
     finally:
         emulator.train(training)
 

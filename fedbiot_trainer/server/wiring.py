@@ -47,7 +47,7 @@ class Wiring:
         finally:
             for hook in hooks:
                 hook.remove()
-        forms = {len(output) if isinstance(output, tuple) else 0 for _, output in calls}
+        forms = {len(output) if isinstance(output, (tuple, list)) else 0 for _, output in calls}
         if len(forms) != 1:
             raise ValueError(
                 f"`model` is {type(model).__name__}, whose decoder layers return different numbers of values "
@@ -56,7 +56,7 @@ class Wiring:
         slots: dict[int, Slot] = {}
         carried: dict[Slot, int] = {}
         for (_, output), (arguments, _) in pairwise(calls):
-            values = output if isinstance(output, tuple) else (output,)
+            values = output if isinstance(output, (tuple, list)) else (output,)
             for i, value in enumerate(values):
                 slot = next((slot for slot, given in arguments.items() if given is value), None)
                 if isinstance(value, torch.Tensor) and slot is not None:

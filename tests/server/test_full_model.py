@@ -97,3 +97,26 @@ def test_rwkv_that_has_been_evaluated():
     assert torch.allclose(model(input_ids=ids).logits, logits, atol=1e-4)  # scales its weights
     with pytest.raises(ValueError, match="RwkvForCausalLM, which has been evaluated, and scales its weights in place"):
         drop_layers(model, choose_split(model, 2, 0.5))
+
+
+@pytest.mark.parametrize("model_type", ["modernbert-decoder", "bart", "openai-gpt"])
+def test_decoders_that_are_called_otherwise(model_type):
+    sizes = {"decoder_layers": 8, "encoder_layers": 2, "d_model": 32, "decoder_ffn_dim": 48, "is_decoder": True}
+    model = tiny_model(
+        model_type, bos_token_id=1, **({**sizes, "decoder_attention_heads": 4} if model_type == "bart" else {})
+    )
+    split = choose_split(model, 2, 0.5)
+    assert split.num_layers == 8
+    from fedbiot_trainer.server.split_check import check_split
+    from fedbiot_trainer.server.split_model import SplitModel
+
+    check_split(SplitModel(model, 2, 0.5), torch.device("cpu"))
+
+
+def test_towers_of_equal_depth_inside_the_decoder():
+    model = tiny_model()
+    model.model.images = torch.nn.ModuleDict({"tower": torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(8)])})
+    assert find_decoder_layers(model)[0] == "model.layers"
+    model.model.others = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(8)])
+    with pytest.raises(ValueError, match="2 lists of 8 decoder layers were found .model.layers, model.others"):
+        find_decoder_layers(model)

@@ -181,3 +181,18 @@ def test_server_without_alignment_checks_as_well(make_runner, monkeypatch):
     monkeypatch.setattr("fedbiot_trainer.server.server.check_split", lambda models, device, **how: seen.append(how))
     make_runner(initial_alignment_steps=0, alignment_steps=0)
     assert seen == [{"cached": False}]
+
+
+def test_a_decoder_that_cannot_run_without_a_layer_is_named(models, monkeypatch):
+    monkeypatch.setattr(Wiring, "pass_through", lambda self, *args, **kwargs: None)
+    with pytest.raises(ValueError, match="LlamaForCausalLM, whose decoder cannot run without some of its layers"):
+        check_split(models, CPU)
+
+
+def test_projections_of_state_space_layers_are_left_out_by_default():
+    models = SplitModel(tiny_model("mamba", state_size=4), 2, 0.5)
+    check_split(models, CPU)
+    assert models.adap_emu.peft_config["client"].target_modules == ["in_proj"]
+    explicit = SplitModel(tiny_model("mamba", state_size=4), 2, 0.5, LoraConfig(target_modules=["in_proj", "dt_proj"]))
+    with pytest.raises(ValueError, match="`target_modules` has dt_proj, but MambaForCausalLM takes the weights"):
+        check_split(explicit, CPU)

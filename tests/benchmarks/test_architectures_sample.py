@@ -1,0 +1,37 @@
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("architectures", ROOT / "benchmarks" / "architectures.py")
+architectures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(architectures)
+
+SAMPLE = {
+    "llama": "supported",
+    "glm4_moe": "supported",
+    "bamba": "supported",
+    "gemma3": "supported",
+    "deepseek_v4": "refused: .* rather than one hidden state for each",
+    "gemma4_text": "refused: .* depends on how many there are",
+    "diffllama": "refused: .* depends on the layer's position",
+    "xlstm": "not tried: transformers makes no tiny model of it",
+}
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_sample_is_as_the_table_says(model_type, tmp_path):
+    outcome = architectures.try_architecture(model_type, tmp_path)
+    assert re.match(SAMPLE[model_type], outcome.verdict), outcome
+    (row,) = [row for row in architectures.TABLE.read_text().splitlines() if row.startswith(f"| {model_type} |")]
+    assert (outcome.targets in row and outcome.teachers in row) if outcome.verdict == "supported" else True
+
+
+def test_table_has_every_architecture_and_none_that_fails():
+    table = architectures.TABLE.read_text()
+    assert [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if f"| {name} |" not in table] == []
+    assert "## Failing" not in table
