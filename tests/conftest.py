@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fedbiot_trainer
-from fedbiot_trainer import FedBiOTConfig, FederatedRunner
+from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig, FederatedRunner
+from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
 
 
 torch.set_num_threads(1)
@@ -60,6 +61,37 @@ ARCHITECTURES = {
     "falcon": {},
     "bloom": {},
 }
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+
+
+def random_lora(like, size=0.1, seed=0):
+    """A LoRA's state of normal random numbers, A and B, in the shapes and dtypes of the state `like`."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: (size * torch.randn(t.shape, generator=generator)).to(t.dtype) for key, t in like.items()}
+
+
+def randomize(model, *lora_names, size=0.1):
+    """Give LoRAs of a model random values, so that they change its output. Returns their states."""
+    states = []
+    for seed, name in enumerate(lora_names):
+        states.append(random_lora(get_lora_state(model, name), size, seed))
+        set_lora_state(model, name, states[-1])
+    return states
+
+
+def base_tensors(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def changed(before, model):
+    """The names of the tensors that are no longer what they were."""
+    return [name for name, p in model.named_parameters() if name in before and not torch.equal(before[name], p)]
+
+
+def logged(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 def sums(start, stop):
@@ -111,6 +143,25 @@ def make_args(tmp_path):
 
 
 @pytest.fixture
+def make_alignment(make_args, tokenizer, model):
+    def make(dataset=None, **changes):
+        dataset = sums(40, 60) if dataset is None else dataset
+        return EmulatorAlignmentTrainer(
+            model, make_args(**changes), dataset, peft_config=LORA, processing_class=tokenizer
+        )
+
+    return make
+
+
+@pytest.fixture
+def package(make_alignment, tmp_path):
+    trainer = make_alignment()
+    trainer.train()
+    trainer.save_model(tmp_path / "package")
+    return str(tmp_path / "package")
+
+
+@pytest.fixture
 def make_runner(make_args, tokenizer):
     def make(model=None, client_datasets=None, peft_config=None, callbacks=None, **changes):
         data = {"public_dataset": sums(40, 50), "eval_dataset": sums(50, 55)}
@@ -124,7 +175,7 @@ def make_runner(make_args, tokenizer):
             args=make_args(**changes),
             client_datasets=client_datasets,
             processing_class=tokenizer,
-            peft_config=peft_config or LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+            peft_config=peft_config or LORA,
             callbacks=callbacks,
             **data,
         )

@@ -7,7 +7,11 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("common", "nvflare_client", "architectures"))
+SCRIPTS = sorted(
+    path
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if path.stem not in ("common", "nvflare_client", "architectures")
+)
 NVFLARE = Path.home() / ".cache" / "fedbiot-trainer" / "nvflare-venv"
 
 

@@ -1,22 +1,18 @@
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import randomize, tiny_model
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedbiot_trainer.cli.merge import main, merge
 from fedbiot_trainer.server.split_model import SplitModel
-from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora
+from fedbiot_trainer.shared.lora_state import save_lora
 
 
 def trained(model, num_adapter_layers=2):
     """A split of `model` with random LoRAs, and its package."""
     models = SplitModel(model, num_adapter_layers, 0.5, LoraConfig(r=4, target_modules="all-linear"))
-    torch.manual_seed(0)
-    for name, parameter in models.adap_emu.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
+    states = randomize(models.adap_emu, "client", "emulator", size=0.3)
     models.plug_in(states[0])
     return models, models.package(*states)
 

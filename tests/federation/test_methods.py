@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from conftest import sums, tiny_model
-from peft import LoraConfig, PeftModel
+from conftest import LORA, sums, tiny_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer import METHODS, run_method
@@ -10,7 +10,6 @@ from fedbiot_trainer.config.methods import ABLATION, COMPARISON, WITHOUT_EMULATO
 from fedbiot_trainer.shared.records import RunSummary
 
 
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 DATA = {"north": sums(0, 8), "south": sums(8, 12)}
 
 

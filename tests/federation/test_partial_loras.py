@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import sums, tiny_model
+from conftest import random_lora, sums, tiny_model
 from peft import LoraConfig
 
 from fedbiot_trainer import ClientSFTTrainer, ClientUpdate, EmulatorPackage, FederatedClient, RoundStart
@@ -54,7 +54,7 @@ def scribble(runner):
 
 
 def test_arrived_is_what_traveled():
-    whole = {"x.lora_A.weight": torch.randn(4, 6), "x.lora_B.weight": torch.randn(5, 4)}
+    whole = random_lora({"x.lora_A.weight": torch.empty(4, 6), "x.lora_B.weight": torch.empty(5, 4)})
     assert_same(arrived(traveling(whole), whole), whole)
     assert_same(arrived(traveling(whole, freeze_a=True), whole), whole)
     small = arrived(traveling(whole, rank=2), whole)
@@ -239,7 +239,7 @@ def test_training_at_a_rank_is_training_a_lora_of_that_rank(make_runner, make_ar
         server = runner.server
         server.emulator_lora = {key: torch.zeros_like(t) for key, t in server.emulator_lora.items()}
         if rank:
-            given = {key: torch.randn_like(t) * 0.1 for key, t in server.client_lora.items()}
+            given = random_lora(server.client_lora)
         part = traveling(given, rank=2)
         client = FederatedClient("north", runner.trainer, sums(0, 8), rank)
         start = RoundStart(1, server._work("north", 1), part, server.emulator_lora).to_bytes()

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import random_lora
 
 from fedbiot_trainer import ClientUpdate
 from fedbiot_trainer.server.aggregation import FederatedAverage
@@ -19,9 +20,8 @@ def federated_average(updates, dtype=torch.float32):
 
 
 def make_update(client, num_examples, seed, dtype=torch.float32):
-    torch.manual_seed(seed)
-    lora = {key: torch.randn(shape).to(dtype) for key, shape in SHAPES.items()}
-    return ClientUpdate(1, client, num_examples, {}, lora)
+    like = {key: torch.empty(shape, dtype=dtype) for key, shape in SHAPES.items()}
+    return ClientUpdate(1, client, num_examples, {}, random_lora(like, size=1.0, seed=seed))
 
 
 def test_weights_are_the_numbers_of_examples():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import random_lora
 
 from fedbiot_trainer import ClientUpdate
 from fedbiot_trainer.config.settings import AGGREGATIONS, AggregationSettings
@@ -15,27 +16,21 @@ from fedbiot_trainer.server.aggregation.svd import truncated_product
 from fedbiot_trainer.server.aggregation.weighting import capped_shares
 
 
-RANK, KEYS = (
-    2,
-    {"q.lora_A.weight": (2, 6), "q.lora_B.weight": (5, 2), "v.lora_A.weight": (2, 6), "v.lora_B.weight": (4, 2)},
-)
+RANK = 2
+SHAPES = {"q.lora_A.weight": (2, 6), "q.lora_B.weight": (5, 2), "v.lora_A.weight": (2, 6), "v.lora_B.weight": (4, 2)}
+LIKE = {key: torch.empty(shape) for key, shape in SHAPES.items()}
 MEANS = ("fedavg", "norm_clipping", "svd")
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
-
-
-def random_lora(seed, size=1.0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return {key: (size * torch.randn(shape, generator=generator)).to(dtype) for key, shape in KEYS.items()}
 
 
 def make_update(client, seed, num_examples=10, start=None, factor=1.0):
     """An update of client `client`: `start` and a small random change, times `factor`."""
     start = START if start is None else start
-    change = random_lora(seed, 0.01)
+    change = random_lora(LIKE, 0.01, seed)
     return ClientUpdate(1, client, num_examples, {}, {key: start[key] + factor * change[key] for key in start})
 
 
-START = random_lora(99)
+START = random_lora(LIKE, 1.0, 99)
 UPDATES = [make_update(f"c{i}", seed=i, num_examples=10 * i + 7) for i in range(5)]
 
 
@@ -52,7 +47,8 @@ def run_round(rule, updates, start=None):
 
 def mean_of(updates, shares):
     return {
-        key: sum(share * u.client_lora[key].double() for u, share in zip(updates, shares, strict=True)) for key in KEYS
+        key: sum(share * u.client_lora[key].double() for u, share in zip(updates, shares, strict=True))
+        for key in SHAPES
     }
 
 
@@ -246,7 +242,7 @@ def rounds_of_changes(rule, num_rounds=4):
     for server_round in range(num_rounds):
         updates = [make_update(f"c{i}", 10 * server_round + i, 5 + i, start) for i in range(3)]
         mean = run_round(make_rule("fedavg"), updates, start).client_lora
-        seen.append({key: mean[key].double() - start[key].double() for key in KEYS})
+        seen.append({key: mean[key].double() - start[key].double() for key in SHAPES})
         results.append({key: tensor.double() for key, tensor in start.items()})
         start = run_round(rule, updates, start).client_lora
     return [*results, start], seen
@@ -267,7 +263,7 @@ def test_fedavgm_without_momentum_is_fedavg():
 )
 def test_fedavgm_formula(settings, lr, beta):
     results, seen = rounds_of_changes(make_rule("fedavgm", **settings))
-    for key in KEYS:
+    for key in SHAPES:
         moment = 0.0
         for before, after, change in zip(results, results[1:], seen, strict=False):
             moment = beta * moment + change[key]
@@ -290,8 +286,8 @@ def test_adaptive_formulas(aggregation, changed):
     if changed and aggregation != "fedadagrad":
         settings["server_beta2"] = beta2
     results, seen = rounds_of_changes(make_rule(aggregation, **settings))
-    for key in KEYS:
-        m, v = torch.zeros(KEYS[key]), torch.full(KEYS[key], tau**2, dtype=torch.float64)
+    for key in SHAPES:
+        m, v = torch.zeros(SHAPES[key]), torch.full(SHAPES[key], tau**2, dtype=torch.float64)
         for before, after, change in zip(results, results[1:], seen, strict=False):
             m = beta1 * m + (1 - beta1) * change[key]
             v = SECOND_MOMENTS[aggregation](v, change[key], beta2)
@@ -322,7 +318,7 @@ def corrupted(factor, honest=4):
 def test_one_bad_update_stays_within_the_honest_ones(aggregation, factor):
     updates = corrupted(factor)
     result = run_round(make_rule(aggregation), updates).client_lora
-    for key in KEYS:
+    for key in SHAPES:
         honest = torch.stack([u.client_lora[key] for u in updates[:4]])
         assert (result[key] >= honest.amin(0) - 1e-6).all()
         assert (result[key] <= honest.amax(0) + 1e-6).all()
@@ -331,7 +327,7 @@ def test_one_bad_update_stays_within_the_honest_ones(aggregation, factor):
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
 def test_median_formula(count):
     result = run_round(make_rule("median"), UPDATES[:count])
-    for key in KEYS:
+    for key in SHAPES:
         stacked = torch.stack([u.client_lora[key].double() for u in UPDATES[:count]])
         assert torch.allclose(result.client_lora[key].double(), stacked.quantile(0.5, dim=0), atol=1e-6)
     assert set(result.weights.values()) == {1 / count}
@@ -345,13 +341,13 @@ def test_trimmed_mean_formula(fraction, count, trimmed):
     updates = [make_update(f"c{i:02}", seed=i) for i in range(count)]
     result = run_round(make_rule("trimmed_mean", trim_fraction=fraction), updates)
     assert result.metrics == {"trimmed_per_end": trimmed}
-    for key in KEYS:
+    for key in SHAPES:
         ordered = torch.stack([u.client_lora[key].double() for u in updates]).sort(0).values
         assert torch.allclose(result.client_lora[key].double(), ordered[trimmed : count - trimmed].mean(0), atol=1e-6)
 
 
 def change_norm(update):
-    squares = [(update.client_lora[key].double() - START[key].double()).square().sum() for key in KEYS]
+    squares = [(update.client_lora[key].double() - START[key].double()).square().sum() for key in SHAPES]
     return math.sqrt(sum(squares))
 
 
@@ -362,7 +358,7 @@ def test_norm_clipping_formula(limit):
     bound = sorted(norms)[2] if limit is None else limit
     result = run_round(make_rule("norm_clipping", clip_norm=limit), updates)
     total = sum(u.num_examples for u in updates)
-    for key in KEYS:
+    for key in SHAPES:
         step = sum(
             u.num_examples / total * min(1, bound / norm) * (u.client_lora[key].double() - START[key].double())
             for u, norm in zip(updates, norms, strict=True)
@@ -380,7 +376,7 @@ def test_norm_clipping_of_clients_that_did_not_move():
 
 def test_multi_krum_formula():
     updates, f = [*UPDATES, make_update("evil-1", 8, factor=100.0), make_update("evil-2", 9, factor=-50.0)], 2
-    vectors = [torch.cat([u.client_lora[key].double().flatten() for key in KEYS]) for u in updates]
+    vectors = [torch.cat([u.client_lora[key].double().flatten() for key in SHAPES]) for u in updates]
     scores = []
     for one in vectors:
         distances = sorted(((one - other) ** 2).sum().item() for other in vectors)[1:]
@@ -460,7 +456,7 @@ def test_svd_of_a_matrix_narrower_than_the_rank():
 
 
 def test_svd_averages_clients_of_different_ranks():
-    small = {key: t[:1] if "lora_A" in key else t[:, :1] for key, t in random_lora(5).items()}
+    small = {key: t[:1] if "lora_A" in key else t[:, :1] for key, t in random_lora(LIKE, 1.0, 5).items()}
     updates = [UPDATES[0], ClientUpdate(1, "small", 7, {}, small)]
     result = run_round(make_rule("svd"), updates)
     mean = 0.5 * product(UPDATES[0].client_lora) + 0.5 * product(small)

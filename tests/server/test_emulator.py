@@ -1,21 +1,13 @@
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import randomize, tiny_model
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer.server.emulator import drop_layers
 from fedbiot_trainer.server.split import choose_split, find_decoder_layers, kept_layer_indices
 from fedbiot_trainer.server.split_model import SplitModel
-from fedbiot_trainer.shared.lora_state import get_lora_state
 from fedbiot_trainer.wire.package import EmulatorPackage
-
-
-def randomize(model, adapter, seed=0):
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and f".{adapter}." in name:
-            torch.nn.init.normal_(parameter, std=0.3)
 
 
 def test_kept_layers_over_all_sizes():
@@ -56,9 +48,7 @@ def test_building_leaves_the_full_model_alone(any_model, batch):
 
 def test_package_round_trip(any_model, batch, tmp_path):
     models = SplitModel(any_model, 2, 0.5, LoraConfig(r=4, target_modules="all-linear"))
-    for adapter in ("client", "emulator"):
-        randomize(models.adap_emu, adapter)
-    states = get_lora_state(models.adap_emu, "client"), get_lora_state(models.adap_emu, "emulator")
+    states = randomize(models.adap_emu, "client", "emulator", size=0.3)
     models.package(*states).save(tmp_path)
     expected = models.adap_emu.eval()(**batch).logits
 
@@ -75,8 +65,7 @@ def test_package_round_trip(any_model, batch, tmp_path):
 
 def test_generation_with_cache_equals_without(any_model, batch):
     models = SplitModel(any_model, 2, 0.5, LoraConfig(r=4, target_modules="all-linear"))
-    randomize(models.adap_emu, "client")
-    randomize(models.adap_emu, "emulator")
+    randomize(models.adap_emu, "client", "emulator", size=0.3)
     prompt = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
     for model in (models.package_model, models.adap_emu.eval()):
         options = {**prompt, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -88,8 +77,7 @@ def test_generation_with_cache_equals_without(any_model, batch):
 def test_plug_in_then_extract_is_the_identity(any_model, batch):
     models = SplitModel(any_model, 2, 0.5, LoraConfig(r=4, target_modules="all-linear"))
     before = models.adap_fu(**batch).logits
-    randomize(models.adap_emu, "client")
-    state = get_lora_state(models.adap_emu, "client")
+    [state] = randomize(models.adap_emu, "client", size=0.3)
     models.plug_in(state)
     extracted = models.extract()
     assert extracted.keys() == state.keys()
@@ -99,8 +87,7 @@ def test_plug_in_then_extract_is_the_identity(any_model, batch):
 
 def test_plugged_in_lora_equals_the_emulator_when_nothing_is_dropped(any_model, batch):
     models = SplitModel(any_model, 2, 0.0, LoraConfig(r=4, target_modules="all-linear"))
-    randomize(models.adap_emu, "client")
-    models.plug_in(get_lora_state(models.adap_emu, "client"))
+    models.plug_in(*randomize(models.adap_emu, "client", size=0.3))
     assert torch.equal(models.adap_fu(**batch).logits, models.adap_emu.eval()(**batch).logits)
 
 

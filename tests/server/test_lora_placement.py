@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import random_lora, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,7 +56,7 @@ def test_mixtures_of_experts_have_the_loras_on_their_layers(model_type, targets,
     assert layers_of(models.adap_fu, "client") == [6, 7]
     assert not models.adap_fu.peft_config["client"].target_parameters
 
-    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.adap_emu, "client").items()}
+    state = random_lora(get_lora_state(models.adap_emu, "client"), size=1.0)
     models.plug_in(state)
     save_lora(tmp_path, models.adap_fu.peft_config["client"], models.split.to_full(state), None)
     plain = PeftModel.from_pretrained(make(), tmp_path).eval()
@@ -124,7 +124,7 @@ def test_patterns_follow_the_layers_of_the_full_model(field, pattern, tmp_path):
 def test_settings_that_name_layers_name_those_of_the_full_model(settings, layers, tmp_path, batch):
     models = SplitModel(tiny_model(), 2, 0.5, LoraConfig(r=4, **settings))
     assert layers_of(models.adap_fu, "client") == layers["client"]
-    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.adap_emu, "client").items()}
+    state = random_lora(get_lora_state(models.adap_emu, "client"), size=1.0)
     models.plug_in(state)
     save_lora(tmp_path, models.adap_fu.peft_config["client"], models.split.to_full(state), None)
     plain = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import random_lora, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
 from fedbiot_trainer.server.split_model import SplitModel
@@ -46,7 +46,7 @@ def test_only_one_lora_is_trainable(models):
 
 
 def test_written_state_is_read_back(models):
-    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.adap_emu, "client").items()}
+    state = random_lora(get_lora_state(models.adap_emu, "client"), size=1.0)
     set_lora_state(models.adap_emu, "client", state)
     read = get_lora_state(models.adap_emu, "client")
     assert all(torch.equal(read[key], state[key]) for key in state)
@@ -62,7 +62,7 @@ def test_factors_give_the_update_of_the_weights(models, batch):
 
 
 def test_saved_folder_loads_with_peft_alone(models, model, tmp_path, batch):
-    state = {key: torch.randn_like(tensor) for key, tensor in get_lora_state(models.adap_emu, "client").items()}
+    state = random_lora(get_lora_state(models.adap_emu, "client"), size=1.0)
     models.plug_in(state)
     save_lora(tmp_path, models.adap_fu.peft_config["client"], models.split.to_full(state), "some/model")
     config, loaded = load_lora(tmp_path)

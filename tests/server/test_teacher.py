@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import sums, tiny_model
+from conftest import LORA, randomize, sums, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -11,10 +11,7 @@ from fedbiot_trainer.server.capture import OutputHead, run_adapter_layers, run_f
 from fedbiot_trainer.server.hidden_states import HiddenStateStore, store_folder
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.server.teachers import PLACE
-from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
-
-
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+from fedbiot_trainer.shared.lora_state import get_lora_state
 
 
 @pytest.fixture
@@ -35,17 +32,9 @@ def shards(tmp_path):
     return sorted((tmp_path / "cache").glob("*/*.safetensors"))
 
 
-def scramble(models, seed=0):
-    """A client LoRA that changes what the adapter layers do."""
-    torch.manual_seed(seed)
-    state = get_lora_state(models.adap_fu, "client")
-    models.plug_in({key: torch.randn_like(t) * 0.1 for key, t in models.split.to_emulator(state).items()})
-    set_lora_state(models.adap_emu, "client", models.extract())
-
-
 def test_adapter_layers_alone_are_the_full_model(any_model, batch):
     models = SplitModel(any_model, 2, 0.5, LORA)
-    scramble(models)
+    models.plug_in(*randomize(models.adap_emu, "client"))
     models.adap_emu.eval()
     expected = run_full_model(models, batch)
     states = run_adapter_layers(models, batch, expected.entering)
@@ -87,7 +76,7 @@ def test_scaled_and_capped_logits(model_type, changes):
 
 def test_alignment_loss_is_the_formula_in_every_architecture(any_model, make_trainer, batch):
     trainer = make_trainer(any_model, alignment_kl_weight=0.7)
-    scramble(trainer.models)
+    trainer.models.plug_in(*randomize(trainer.model, "client"))
     full, student, mask = trainer.models.adap_fu.eval(), trainer.model.eval(), batch["attention_mask"].bool()
     with torch.no_grad():
         states = [model(**batch, output_hidden_states=True) for model in (student, full)]
@@ -113,7 +102,7 @@ def test_cached_and_online_give_the_same(make_trainer, settings):
     results = {}
     for teacher in ("online", "cached"):
         trainer = make_trainer(teacher=teacher, initial_alignment_steps=12, **settings)
-        scramble(trainer.models)
+        trainer.models.plug_in(*randomize(trainer.model, "client"))
         trainer.train()
         results[teacher] = dict(trainer.step_metrics), get_lora_state(trainer.model, "emulator")
     (online, online_lora), (cached, cached_lora) = results["online"], results["cached"]

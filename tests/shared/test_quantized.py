@@ -3,8 +3,8 @@ import sys
 
 import pytest
 import torch
-from conftest import sums, tiny_model
-from peft import LoraConfig, PeftModel
+from conftest import LORA, randomize, sums, tiny_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedbiot_trainer import ClientSFTTrainer, EmulatorAlignmentTrainer, EmulatorPackage, FederatedRunner
@@ -16,7 +16,6 @@ from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora, set_trainable_lora
 
 
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # 4-bit blocks have 64 weights
 
 
@@ -67,13 +66,6 @@ def logits(model, batch):
         return model.eval()(**batch).logits
 
 
-def randomize(model, adapter):
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and f".{adapter}." in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-
-
 def gradients(model, batch):
     set_trainable_lora(model, "emulator")
     model.zero_grad()
@@ -95,16 +87,14 @@ def test_emulator_shares_quantized_weights(load, quantization, batch):
     assert models.count_parameters().full == sum(p.numel() for p in tiny_model(**SIZES).parameters())
 
     whole = SplitModel(model, 2, 0.0, LORA)
-    randomize(whole.adap_emu, "client")
-    whole.plug_in(get_lora_state(whole.adap_emu, "client"))
+    whole.plug_in(*randomize(whole.adap_emu, "client", size=0.2))
     assert torch.equal(logits(whole.adap_fu, batch), logits(whole.adap_emu, batch))
     assert torch.equal(logits(drop_layers(model, choose_split(model, 2, 0.0)), batch), logits(model, batch))
 
 
 def test_gradient_of_the_lower_layers_is_that_of_the_dequantized_model(load, quantization, batch):
     models = SplitModel(load(quantization()), 2, 0.5, LORA)
-    randomize(models.adap_emu, "client")
-    randomize(models.adap_emu, "emulator")
+    randomize(models.adap_emu, "client", "emulator", size=0.2)
     logits(models.adap_fu, batch)  # the teacher, on the same weights
     found = gradients(models.adap_emu.train(), batch)
 
@@ -127,8 +117,7 @@ def test_package_round_trip(load, quantization, pre_quantized, batch, tmp_path):
         model.save_pretrained(tmp_path / "full")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     models = SplitModel(model, 2, 0.5, LORA)
-    randomize(models.adap_emu, "client")
-    randomize(models.adap_emu, "emulator")
+    randomize(models.adap_emu, "client", "emulator", size=0.2)
     expected = logits(models.adap_emu, batch)
     path = saved(models, tmp_path / "package")
     assert "quantization_config" in json.loads((path / "config.json").read_text())

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from conftest import LORA, sums, tiny_model
+
+from fedbiot_trainer import (
+    ClientSFTTrainer,
+    EmulatorAlignmentTrainer,
+)
+from fedbiot_trainer.shared.lora_state import get_lora_state
+from fedbiot_trainer.shared.round_trainer import StepSampler
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(10, 4), (8, 4), (3, 5)])
+def test_rounds_continue_one_another(num_examples, batch_size):
+    whole = list(StepSampler(num_examples, batch_size, seed=0, start=0, stop=12))
+    parts = [
+        batch for start in range(0, 12, 3) for batch in StepSampler(num_examples, batch_size, 0, start, start + 3)
+    ]
+    assert parts == whole
+    per_epoch = -(-num_examples // batch_size)
+    for epoch in range(12 // per_epoch):
+        seen = sum(whole[epoch * per_epoch : (epoch + 1) * per_epoch], [])
+        assert sorted(seen) == list(range(num_examples))
+
+
+def test_dropping_the_last_batch_of_everything():
+    assert len(list(StepSampler(10, 4, 0, 0, 5, drop_last=True))[2]) == 4
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` is 4, but there are only 3 examples"):
+        StepSampler(3, 4, 0, 0, 5, drop_last=True)
+
+
+@pytest.mark.parametrize("party", ["client", "emulator"])
+def test_resume_from_a_checkpoint(make_args, tokenizer, tmp_path, party):
+    def make():
+        settings = {"save_strategy": "steps", "save_steps": 3, "local_steps": 6, "initial_alignment_steps": 6}
+        alignment = EmulatorAlignmentTrainer(
+            tiny_model(), make_args(**settings), sums(0, 8), LORA, processing_class=tokenizer
+        )
+        if party == "emulator":
+            return alignment
+        return ClientSFTTrainer(
+            alignment.models.adap_emu, make_args(**settings), sums(0, 8), processing_class=tokenizer
+        )
+
+    whole, resumed = make(), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    expected, state = get_lora_state(whole.model, party), get_lora_state(resumed.model, party)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert resumed.state.global_step == 6
+
+
+def test_code_from_the_hub_needs_a_yes(make_args, tokenizer, monkeypatch, tmp_path):
+    loaded = []
+
+    def load(*args, **kwargs):
+        loaded.append(kwargs)
+        raise OSError("enough")
+
+    monkeypatch.setattr("fedbiot_trainer.wire.package.AutoModelForCausalLM.from_pretrained", load)
+    (tmp_path / "fedbiot.json").write_text('{"schema_version": 1}')
+    for trainer, model in ((EmulatorAlignmentTrainer, "owner/model"), (ClientSFTTrainer, str(tmp_path))):
+        with pytest.raises(OSError, match="enough"):
+            trainer(model, make_args(trust_remote_code=True), sums(0, 8), processing_class=tokenizer)
+    assert [kwargs["trust_remote_code"] for kwargs in loaded] == [True, True]
+
+
+def test_optimizers_are_refused(package, make_args, tokenizer):
+    with pytest.raises(ValueError, match="`optimizers` cannot be passed"):
+        ClientSFTTrainer(package, make_args(), sums(0, 8), processing_class=tokenizer, optimizers=(object(), None))
