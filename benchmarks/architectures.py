@@ -80,6 +80,7 @@ OWN = {
             **{"indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "split_ngram_parts": 1, "hc_lowrank": 8},
         },
     ),
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "mamba_n_groups": 1},
     "gpt_neo": {"num_layers": 8, "num_heads": 4, "attention_types": [[["global", "local"], 4]]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"] * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,11 +75,11 @@ def _shrink_config(config: PretrainedConfig, split: LayerSplit) -> PretrainedCon
     text_config = config.get_text_config()
     for name, value in list(vars(text_config).items()):
         per_layer = isinstance(value, (list, tuple)) and len(value) == split.num_layers
-        if per_layer and not name.endswith("token_id") and name != "architectures":
-            setattr(text_config, name, type(value)(value[i] for i in split.full_indices))
-        elif _LISTS_LAYERS.search(name) and _are_layers(value, split):
+        if _LISTS_LAYERS.search(name) and _are_layers(value, split):
             positions = [split.full_indices.index(i) for i in value if i in split.full_indices]
             setattr(text_config, name, type(value)(positions))
+        elif per_layer and not name.endswith("token_id") and name != "architectures":
+            setattr(text_config, name, type(value)(value[i] for i in split.full_indices))
     setattr(text_config, layer_count_name(text_config), len(split.full_indices))
     overrides = text_config.to_dict().get("per_layer_config")
     if overrides:
@@ -97,7 +98,9 @@ def _shrink_config(config: PretrainedConfig, split: LayerSplit) -> PretrainedCon
 
 
 def _are_layers(value, split: LayerSplit) -> bool:
-    return isinstance(value, (list, tuple)) and all(type(i) is int and 0 <= i < split.num_layers for i in value)
+    """Whether they can be indices of layers, in order: flags for each layer repeat themselves."""
+    indices = isinstance(value, (list, tuple)) and all(type(i) is int and 0 <= i < split.num_layers for i in value)
+    return indices and all(a < b for a, b in pairwise(value))
 
 
 def _subconfigs(old: PretrainedConfig, new: PretrainedConfig) -> dict[int, PretrainedConfig]:

@@ -4,10 +4,14 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig
 
+from fedbiot_trainer.server.emulator import drop_layers
 from fedbiot_trainer.server.split import check_full_model, choose_split, find_decoder_layers
+from fedbiot_trainer.server.split_check import check_split
+from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.wire.package import load_model
 
 
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
 TEXT = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "head_dim": 8}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 VISION = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8}
@@ -68,13 +72,28 @@ def test_attention_library_is_asked_for_by_the_model(tmp_path, make_runner):
 
 
 def test_per_layer_settings_follow_the_layers():
-    from fedbiot_trainer.server.emulator import drop_layers
-
     model = tiny_model("gemma4_text", head_dim=8, global_head_dim=16, hidden_size_per_layer_input=0)
     split = choose_split(model, 2, 0.5)
     kept = drop_layers(model, split).config
     for position, full in enumerate(split.full_indices):
         assert kept.per_layer_config[position].head_dim == model.config.per_layer_config[full].head_dim
+
+
+@pytest.mark.parametrize(
+    "model_type, settings, name, kept",
+    [
+        (
+            "llama4_text",
+            {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48},
+            "moe_layers",
+            [0, 1, 2, 3, 4],
+        ),
+        ("bamba", {**MAMBA, "attn_layer_indices": [1, 3, 7]}, "attn_layer_indices", [1, 4]),
+    ],
+)
+def test_lists_of_layers_follow_them(model_type, settings, name, kept):
+    model = tiny_model(model_type, **settings)
+    assert getattr(drop_layers(model, choose_split(model, 2, 0.5)).config, name) == kept
 
 
 def test_model_without_a_number_of_layers():
@@ -88,8 +107,6 @@ def test_model_without_a_number_of_layers():
 def test_rwkv_that_has_been_evaluated():
     model = tiny_model("rwkv", attention_hidden_size=32, context_length=64)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    from fedbiot_trainer.server.emulator import drop_layers
-
     emulator = drop_layers(model, choose_split(model, 2, 0.0))
     ids = torch.arange(3, 9)[None]
     logits = emulator(input_ids=ids).logits
@@ -107,9 +124,6 @@ def test_decoders_that_are_called_otherwise(model_type):
     )
     split = choose_split(model, 2, 0.5)
     assert split.num_layers == 8
-    from fedbiot_trainer.server.split_check import check_split
-    from fedbiot_trainer.server.split_model import SplitModel
-
     check_split(SplitModel(model, 2, 0.5), torch.device("cpu"))
 
 
