@@ -1,3 +1,4 @@
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -79,6 +80,29 @@ def randomize(model, *lora_names, size=0.1):
         states.append(random_lora(get_lora_state(model, name), size, seed))
         set_lora_state(model, name, states[-1])
     return states
+
+
+def assert_as_exact(ours, theirs, exact):
+    """
+    Two float32 tensors of one formula are sums of the same products in different orders, so what they may differ by is
+    their rounding. It is measured, as it depends on the values and on the CPU: `ours` may be 4 times as far from the
+    float64 tensor `exact` as `theirs` is, both as norms. A norm sums many roundings, so two that are equally good are
+    within a factor of 2 of one another (over seeds, with AVX2 and with AVX-512), and one that leaves anything out is
+    thousands of times further. That holds where no single rounding is blown up: for LoRAs as small as `random_lora`'s.
+    """
+    error, rounding = ((tensor.double() - exact).norm().item() for tensor in (ours, theirs))
+    assert exact.dtype == torch.float64
+    assert error <= 4 * rounding, f"{error:.1e} from the float64 values, which are {rounding:.1e} from the others"
+
+
+@torch.no_grad()
+def assert_same_model(ours, theirs, batch):
+    """Two models are one function: as [`assert_as_exact`], with `theirs` in float64 as what is exact."""
+    exact = copy.deepcopy(theirs).eval().double()
+    for module in exact.modules():
+        if getattr(module, "config", None) is not None:
+            module.config._experts_implementation = "eager"  # the grouped products of experts have no float64
+    assert_as_exact(ours.eval()(**batch).logits, theirs.eval()(**batch).logits, exact(**batch).logits)
 
 
 def base_tensors(model):

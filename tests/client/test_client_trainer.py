@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import LORA, base_tensors, changed, logged, randomize, sums, tiny_model
+from conftest import LORA, assert_same_model, base_tensors, changed, logged, randomize, sums, tiny_model
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -122,8 +122,7 @@ def test_client_alone(package, make_args, tokenizer, tmp_path, batch):
     )
     emulator.load_adapter(tmp_path / "mine", adapter_name="client")
     emulator.base_model.set_adapter(["client", "emulator"])
-    expected = trainer.model.eval()(**batch).logits
-    assert torch.allclose(emulator.eval()(**batch).logits, expected, atol=1e-5)
+    assert_same_model(trainer.model, emulator, batch)
 
 
 @pytest.mark.parametrize("form", ["text", "conversational"])

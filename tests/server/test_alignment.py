@@ -3,7 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import LORA, base_tensors, changed, logged, random_lora, randomize, sums, tiny_model
+from conftest import LORA, assert_same_model, base_tensors, changed, logged, random_lora, randomize, sums, tiny_model
 from peft import LoraConfig
 from torch.nn import functional as F
 
@@ -62,7 +62,7 @@ def test_teacher_is_the_full_model_with_the_current_client_lora(make_alignment, 
     models = trainer.models
     before = trainer.compute_loss(trainer.model.eval(), dict(batch))
     states = run_full_model(models, batch)
-    models.plug_in(random_lora(get_lora_state(models.adap_emu, "client"), size=1.0))
+    models.plug_in(random_lora(get_lora_state(models.adap_emu, "client")))
     after = run_full_model(models, batch)
     assert torch.equal(states.entering, after.entering)
     assert not torch.allclose(states.last, after.last, atol=1e-2)
@@ -127,7 +127,7 @@ def test_alignment_alone_from_a_model_by_name(make_args, model, tokenizer, tmp_p
     trainer.train()
     trainer.save_model(tmp_path / "package")
     loaded = EmulatorPackage.load(tmp_path / "package").peft_model().eval()
-    assert torch.allclose(loaded(**batch).logits, trainer.model.eval()(**batch).logits, atol=1e-6)
+    assert_same_model(loaded, trainer.model, batch)
 
 
 def test_alignment_alone_counts_its_own_steps(make_args, tokenizer, tmp_path, monkeypatch):

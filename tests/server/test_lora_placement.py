@@ -1,6 +1,5 @@
 import pytest
-import torch
-from conftest import random_lora, tiny_model
+from conftest import assert_same_model, random_lora, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,11 +55,11 @@ def test_mixtures_of_experts_have_the_loras_on_their_layers(model_type, targets,
     assert layers_of(models.adap_fu, "client") == [6, 7]
     assert not models.adap_fu.peft_config["client"].target_parameters
 
-    state = random_lora(get_lora_state(models.adap_emu, "client"), size=1.0)
+    state = random_lora(get_lora_state(models.adap_emu, "client"))
     models.plug_in(state)
     save_lora(tmp_path, models.adap_fu.peft_config["client"], models.split.to_full(state), None)
     plain = PeftModel.from_pretrained(make(), tmp_path).eval()
-    assert torch.allclose(plain(**batch).logits, models.adap_fu(**batch).logits, atol=1e-4)
+    assert_same_model(models.adap_fu, plain, batch)
 
 
 def test_frozen_experts_are_told(monkeypatch):
@@ -124,11 +123,11 @@ def test_patterns_follow_the_layers_of_the_full_model(field, pattern, tmp_path):
 def test_settings_that_name_layers_name_those_of_the_full_model(settings, layers, tmp_path, batch):
     models = SplitModel(tiny_model(), 2, 0.5, LoraConfig(r=4, **settings))
     assert layers_of(models.adap_fu, "client") == layers["client"]
-    state = random_lora(get_lora_state(models.adap_emu, "client"), size=1.0)
+    state = random_lora(get_lora_state(models.adap_emu, "client"))
     models.plug_in(state)
     save_lora(tmp_path, models.adap_fu.peft_config["client"], models.split.to_full(state), None)
     plain = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
-    assert torch.allclose(plain(**batch).logits, models.adap_fu(**batch).logits, atol=1e-4)
+    assert_same_model(models.adap_fu, plain, batch)
 
 
 def test_many_targets_by_full_name():

@@ -87,14 +87,14 @@ def test_emulator_shares_quantized_weights(load, quantization, batch):
     assert models.count_parameters().full == sum(p.numel() for p in tiny_model(**SIZES).parameters())
 
     whole = SplitModel(model, 2, 0.0, LORA)
-    whole.plug_in(*randomize(whole.adap_emu, "client", size=0.2))
+    whole.plug_in(*randomize(whole.adap_emu, "client"))
     assert torch.equal(logits(whole.adap_fu, batch), logits(whole.adap_emu, batch))
     assert torch.equal(logits(drop_layers(model, choose_split(model, 2, 0.0)), batch), logits(model, batch))
 
 
 def test_gradient_of_the_lower_layers_is_that_of_the_dequantized_model(load, quantization, batch):
     models = SplitModel(load(quantization()), 2, 0.5, LORA)
-    randomize(models.adap_emu, "client", "emulator", size=0.2)
+    randomize(models.adap_emu, "client", "emulator")
     logits(models.adap_fu, batch)  # the teacher, on the same weights
     found = gradients(models.adap_emu.train(), batch)
 
@@ -117,7 +117,7 @@ def test_package_round_trip(load, quantization, pre_quantized, batch, tmp_path):
         model.save_pretrained(tmp_path / "full")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     models = SplitModel(model, 2, 0.5, LORA)
-    randomize(models.adap_emu, "client", "emulator", size=0.2)
+    randomize(models.adap_emu, "client", "emulator")
     expected = logits(models.adap_emu, batch)
     path = saved(models, tmp_path / "package")
     assert "quantization_config" in json.loads((path / "config.json").read_text())
