@@ -104,15 +104,15 @@ class Evaluator:
             `dict[str, float]`: `drift_l2` and `drift_kl`, the two terms of the alignment loss: means over all tokens.
         """
         models, split, totals = self.models, self.models.split, torch.zeros(3, dtype=torch.float64)
-        head, emulator = OutputHead(causal_lm(models.adap_fu)), models.adap_emu.eval()
+        head, adap_emu = OutputHead(causal_lm(models.adap_fu)), models.adap_emu.eval()
         batches = batches_by_length(self.tokens["input_ids"], self.args.per_device_eval_batch_size)
         with models.whole_on(self.args.device), self.accelerator.autocast(), head.whole() as logits:
             for rows, counts in deal(batches, self.accelerator, self.on_progress):
                 batch = self.data_collator([self.tokens[i] for i in rows])
                 text = {key: batch[key].to(self.accelerator.device) for key in ("input_ids", "attention_mask")}
                 teacher, mask = run_full_model(models, text), text["attention_mask"]
-                with capture(emulator, split.layers_name, split.top_position) as student:
-                    causal_lm(emulator).base_model(**text, use_cache=False)
+                with capture(adap_emu, split.layers_name, split.top_position) as student:
+                    causal_lm(adap_emu).base_model(**text, use_cache=False)
                 if counts:
                     l2, kl = distances(student, teacher, mask, logits)
                     totals += torch.tensor([l2.item(), kl.item(), mask.sum().item()])

@@ -209,15 +209,15 @@ def _client_costs(model: PreTrainedModel | PeftModel, args: FedBiOTConfig) -> di
 
 def _alignment_costs(models: SplitModel, args: FedBiOTConfig, public_examples: int) -> dict[str, dict[str, int]]:
     batch, with_kl = _batch(args.alignment_batch_size, args.max_length), args.alignment_kl_weight > 0
-    emulator, split = models.adap_emu.eval(), models.split
+    adap_emu, split = models.adap_emu.eval(), models.split
     if not split.kept:
         return {}
-    set_trainable_lora(emulator, EMULATOR)
-    base, head = causal_lm(emulator), emulator.get_output_embeddings()
+    set_trainable_lora(adap_emu, EMULATOR)
+    base, head = causal_lm(adap_emu), adap_emu.get_output_embeddings()
     with (
-        folded_loras(emulator, CLIENT),
+        folded_loras(adap_emu, CLIENT),
         folded_loras(models.adap_fu, CLIENT),
-        capture(emulator, split.layers_name, split.top_position) as seen,
+        capture(adap_emu, split.layers_name, split.top_position) as seen,
     ):
 
         def step():

@@ -113,15 +113,15 @@ class OutputHead:
         Raises:
             ValueError: If its logits are others.
         """
-        emulator, split = models.adap_emu.eval(), models.split
-        tokens = torch.arange(8, device=device)[None] % emulator.config.get_text_config().vocab_size
-        with capture(emulator, split.layers_name, split.top_position) as seen:
-            own = emulator(input_ids=tokens, use_cache=False).logits.float()
+        adap_emu, split = models.adap_emu.eval(), models.split
+        tokens = torch.arange(8, device=device)[None] % adap_emu.config.get_text_config().vocab_size
+        with capture(adap_emu, split.layers_name, split.top_position) as seen:
+            own = adap_emu(input_ids=tokens, use_cache=False).logits.float()
         with self.whole() as logits:
             other = logits(seen.last)
         if (own - other).abs().max() > 0.02 * own.abs().max():
             raise ValueError(
-                f"The logits of {type(causal_lm(emulator)).__name__} are more than its output head: something scales or caps them in a "
+                f"The logits of {type(causal_lm(adap_emu)).__name__} are more than its output head: something scales or caps them in a "
                 "way that is not known here, so the KL divergence would compare other distributions. Set "
                 "`alignment_kl_weight=0`, and leave `eval_drift` out."
             )
@@ -142,10 +142,10 @@ class OutputHead:
 def wiring_of(models: SplitModel, inputs: dict[str, torch.Tensor]) -> Wiring:
     """How the layers are wired, seen with `inputs` the first time that it is asked."""
     if models.wiring is None:
-        emulator = models.adap_emu
-        run = lambda: causal_lm(emulator).base_model(**inputs, use_cache=False)  # noqa: E731
+        adap_emu = models.adap_emu
+        run = lambda: causal_lm(adap_emu).base_model(**inputs, use_cache=False)  # noqa: E731
         with torch.no_grad():
-            models.wiring = Wiring.of(causal_lm(emulator), models.split.layers_name, run)
+            models.wiring = Wiring.of(causal_lm(adap_emu), models.split.layers_name, run)
     return models.wiring
 
 
@@ -169,14 +169,14 @@ def run_adapter_layers(models: SplitModel, inputs: dict[str, torch.Tensor], stat
         states (`torch.Tensor`): What enters the adapter layers in the full model, [`Captured.states`], `(batch_size,
             sequence_length, width)`.
     """
-    emulator, split = models.adap_emu, models.split
+    adap_emu, split = models.adap_emu, models.split
     wiring = wiring_of(models, inputs)
     with (
-        entering_at(emulator, split.layers_name, split.top_position, states, wiring),
-        capture(emulator, split.layers_name, split.top_position, wiring) as captured,
+        entering_at(adap_emu, split.layers_name, split.top_position, states, wiring),
+        capture(adap_emu, split.layers_name, split.top_position, wiring) as captured,
     ):
-        if isinstance(emulator, FSDPModule):  # must see the forward pass of the whole model; no logits are wanted
-            emulator(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=states.device))
+        if isinstance(adap_emu, FSDPModule):  # must see the forward pass of the whole model; no logits are wanted
+            adap_emu(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=states.device))
         else:
-            causal_lm(emulator).base_model(**inputs, use_cache=False)
+            causal_lm(adap_emu).base_model(**inputs, use_cache=False)
     return captured

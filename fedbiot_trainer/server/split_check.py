@@ -27,18 +27,18 @@ def check_split(models: SplitModel, device: torch.device, compare_full: bool = T
     Raises:
         ValueError: If the architecture does something else.
     """
-    split, emulator = models.split, models.adap_emu
-    name = type(causal_lm(emulator)).__name__
-    texts = _two_texts(emulator.config.get_text_config().vocab_size, device)
+    split, adap_emu = models.split, models.adap_emu
+    name = type(causal_lm(adap_emu)).__name__
+    texts = _two_texts(adap_emu.config.get_text_config().vocab_size, device)
     layers_name, top = split.layers_name, split.top_position
-    training = emulator.training
+    training = adap_emu.training
     try:
         _refuse_unused_loras(models, texts, name)
-        emulator.eval()
+        adap_emu.eval()
         wiring = wiring_of(models, texts)
-        with capture(emulator, layers_name, top, wiring) as seen:
-            causal_lm(emulator).base_model(**texts, use_cache=False)
-        if seen.entering.shape != (*texts["input_ids"].shape, emulator.config.get_text_config().hidden_size):
+        with capture(adap_emu, layers_name, top, wiring) as seen:
+            causal_lm(adap_emu).base_model(**texts, use_cache=False)
+        if seen.entering.shape != (*texts["input_ids"].shape, adap_emu.config.get_text_config().hidden_size):
             raise ValueError(
                 f"`model` is {name}, in which a tensor of shape {tuple(seen.entering.shape)} enters the adapter layers "
                 f"for {tuple(texts['input_ids'].shape)} tokens rather than one hidden state for each, so the emulator "
@@ -70,7 +70,7 @@ def check_split(models: SplitModel, device: torch.device, compare_full: bool = T
             "This architecture is not supported."
         ) from error
     finally:
-        emulator.train(training)
+        adap_emu.train(training)
 
 
 def _two_texts(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from ..shared.quantized import num_weights, refuse_unsavable
 from ..shared.records import ParameterCounts
 from ..shared.tokenizers import align_model
 from ..wire.package import EmulatorPackage
-from .emulator import drop_layers
+from .layer_dropping import drop_layers
 from .lora_placement import DEFAULT_LORA, check_placement, place_loras, with_rank
 from .split import check_full_model, choose_split
 from .wiring import Wiring

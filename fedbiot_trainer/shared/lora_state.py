@@ -22,9 +22,9 @@ EMULATOR = "emulator"
 LoraState = dict[str, torch.Tensor]
 
 
-def add_loras(emulator: PreTrainedModel, client_config: LoraConfig, emulator_config: LoraConfig | None) -> PeftModel:
+def add_loras(model: PreTrainedModel, client_config: LoraConfig, emulator_config: LoraConfig | None) -> PeftModel:
     """Both LoRAs on one model, both active, neither trainable. Where all layers are adapter layers there is only one."""
-    model = get_peft_model(emulator, client_config, adapter_name=CLIENT)
+    model = get_peft_model(model, client_config, adapter_name=CLIENT)
     if emulator_config is not None:
         model.add_adapter(EMULATOR, emulator_config)
         model.base_model.set_adapter([CLIENT, EMULATOR])

@@ -4,7 +4,7 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig
 
-from fedbiot_trainer.server.emulator import drop_layers
+from fedbiot_trainer.server.layer_dropping import drop_layers
 from fedbiot_trainer.server.split import check_full_model, choose_split, find_decoder_layers
 from fedbiot_trainer.server.split_check import check_split
 from fedbiot_trainer.server.split_model import SplitModel

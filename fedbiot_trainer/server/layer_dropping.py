@@ -36,16 +36,16 @@ def drop_layers(model: PreTrainedModel, split: LayerSplit) -> PreTrainedModel:
     _refuse_entangled_layers(model)
     keep_weight_layout(model)
     config = _shrink_config(model.config, split)
-    emulator = _twin(model, split, {id(model.config): config, **_subconfigs(model.config, config)})
-    emulator.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-    layers = emulator.get_submodule(split.layers_name)
+    smaller = _twin(model, split, {id(model.config): config, **_subconfigs(model.config, config)})
+    smaller.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    layers = smaller.get_submodule(split.layers_name)
     for position, layer in enumerate(layers):
         for module in layer.modules():
             for attribute in _INDEX_ATTRIBUTES:
                 if isinstance(getattr(module, attribute, None), int):
                     setattr(module, attribute, position)
-    _check_rebuild(emulator, split)
-    return emulator
+    _check_rebuild(smaller, split)
+    return smaller
 
 
 def _refuse_entangled_layers(model):
@@ -129,36 +129,36 @@ def _twin(root: nn.Module, split: LayerSplit, configs: dict[int, PretrainedConfi
     return twin(root, "")
 
 
-def _check_rebuild(emulator: PreTrainedModel, split: LayerSplit):
+def _check_rebuild(smaller: PreTrainedModel, split: LayerSplit):
     """Raise if a model built anew from the emulator's config would differ: the package could not be loaded."""
-    config = type(emulator.config).from_dict(emulator.config.to_dict())
-    config._attn_implementation = emulator.config._attn_implementation
+    config = type(smaller.config).from_dict(smaller.config.to_dict())
+    config._attn_implementation = smaller.config._attn_implementation
     try:
         with torch.device("meta"):
-            rebuilt = type(emulator)(config)
+            rebuilt = type(smaller)(config)
     except Exception as error:
         raise ValueError(
-            f"`model` is {type(emulator).__name__}, whose config cannot describe the layers {split.full_indices}: "
+            f"`model` is {type(smaller).__name__}, whose config cannot describe the layers {split.full_indices}: "
             f"{error}. This architecture is not supported."
         ) from error
-    quantized = getattr(emulator, "hf_quantizer", None) is not None
-    ours, theirs = (dict(_layer_attributes(model, split, quantized)) for model in (emulator, rebuilt))
+    quantized = getattr(smaller, "hf_quantizer", None) is not None
+    ours, theirs = (dict(_layer_attributes(model, split, quantized)) for model in (smaller, rebuilt))
     different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if different:
         key = min(different)
         raise ValueError(
-            f"`model` is {type(emulator).__name__}, in which `{key}` depends on the layer's position in a way that "
+            f"`model` is {type(smaller).__name__}, in which `{key}` depends on the layer's position in a way that "
             f"`config` cannot describe ({ours.get(key)} in the full model, {theirs.get(key)} after loading), so "
             "dropping layers would change it. This architecture is not supported."
         )
     shapes = [
         {name: whole_shape(p) for name, p in m.named_parameters() if not name.startswith(f"{split.layers_name}.")}
-        for m in (emulator, rebuilt)
+        for m in (smaller, rebuilt)
     ]
     different = [name for name in shapes[1] if shapes[0].get(name) != shapes[1][name]]
     if different and not quantized:
         raise ValueError(
-            f"`model` is {type(emulator).__name__}, in which `{different[0]}`, which is no decoder layer, depends on how "
+            f"`model` is {type(smaller).__name__}, in which `{different[0]}`, which is no decoder layer, depends on how "
             "many there are, so dropping layers would change it. This architecture is not supported."
         )
 

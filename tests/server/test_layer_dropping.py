@@ -4,7 +4,7 @@ from conftest import assert_same_model, randomize, tiny_model
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedbiot_trainer.server.emulator import drop_layers
+from fedbiot_trainer.server.layer_dropping import drop_layers
 from fedbiot_trainer.server.split import choose_split, find_decoder_layers, kept_layer_indices
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.wire.package import EmulatorPackage
