@@ -3,7 +3,8 @@ What one bad client of five does to a run, by the rule of aggregation.
 
 The demo's private text is dealt out to five clients alike, and its settings are those of recipes/demo/demo.yaml with
 fewer rounds. One client trains as the others do, but answers with its change flipped in sign (-1) or a hundred times
-as large (100). Each row is a run; `ratio` is its loss of AdapFu on held-out text against that of FedAvg without a bad client.
+as large (100). Each row is a run; `ratio` is its loss of AdapFu on held-out text against that of the
+first, which is FedAvg without a bad client.
 
     python benchmarks/robust_aggregation.py --json robust_aggregation.json
 """
@@ -114,7 +115,8 @@ def run(folder: str, rule: str, factor: float, quick: bool, num_rounds: int, see
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES), help="Rules to run.")
-    arguments.add_argument("--num_rounds", type=int, default=3, help="Rounds of each run.")
+    arguments.add_argument("--attacks", nargs="+", default=list(FACTORS), choices=list(FACTORS), help="Bad clients.")
+    arguments.add_argument("--num_rounds", type=int, default=6, help="Rounds of each run.")
     arguments.add_argument("--seed", type=int, default=0, help="Seed of the data and the runs.")
     args = arguments.parse_args()
     if args.quick:
@@ -122,8 +124,8 @@ def main():
     rows, clean = [], None
     with tempfile.TemporaryDirectory() as folder:
         for rule in args.rules:
-            for attack, factor in FACTORS.items():
-                losses = run(folder, rule, factor, args.quick, args.num_rounds, args.seed)
+            for attack in args.attacks:
+                losses = run(folder, rule, FACTORS[attack], args.quick, args.num_rounds, args.seed)
                 clean = clean or losses["adap_fu"]  # of the first rule
                 ratio = losses["adap_fu"] / clean
                 spread = dict.fromkeys(("ratio_median", "ratio_min", "ratio_max"), ratio)

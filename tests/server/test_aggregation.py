@@ -32,6 +32,15 @@ def test_weights_are_the_numbers_of_examples():
         assert torch.allclose(average, 0.25 * one.client_lora[key] + 0.75 * two.client_lora[key])
 
 
+def test_mean_is_exact_to_the_bit():
+    updates = [make_update(f"c{i}", 7 * i + 3, seed=i) for i in range(5)]
+    average = federated_average(updates).client_lora
+    total = sum(update.num_examples for update in updates)
+    for key, tensor in average.items():
+        exact = sum(update.num_examples * update.client_lora[key].double() for update in updates) / total
+        assert torch.equal(tensor, exact.float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_equal_updates_come_out_unchanged(count, dtype):
