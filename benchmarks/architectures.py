@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from fedbiot_trainer import FedBiOTConfig, FederatedRunner
+from fedbiot_trainer.server.split_check import check_split
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state
 from fedbiot_trainer.wire.package import EmulatorPackage
@@ -83,6 +84,7 @@ OWN = {
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "mamba_n_groups": 1},
     "gpt_neo": {"num_layers": 8, "num_heads": 4, "attention_types": [[["global", "local"], 4]]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"] * 4},
+    "kimi_linear": {"layer_types": ["full_attention", "linear_attention"] * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 1},
     "reformer": {
@@ -91,8 +93,14 @@ OWN = {
     },
     "xlnet": {"n_head": 4, "d_head": 8, "d_inner": 48},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "attn_layer_period": 4, "attn_layer_offset": 2},
     "zamba2": {
-        **{"layer_types": ["mamba", "mamba", "hybrid", "mamba"] * 2, "mamba_headdim": 8, "n_mamba_heads": 8},
+        **{"attention_hidden_size": 64, "attention_head_dim": 16},
+        **{
+            "layer_types": ["linear_attention", "linear_attention", "hybrid", "linear_attention"] * 2,
+            "mamba_headdim": 8,
+            "n_mamba_heads": 8,
+        },
         **{"mamba_d_state": 16, "chunk_size": 16},
     },
     "zaya": {"num_experts_per_tok": 1},
@@ -156,15 +164,15 @@ def try_architecture(model_type: str, folder: Path) -> Outcome:
         targets = _check_models(tiny_model(model_type), own, folder)
     except ValueError as error:
         return Outcome(kind, f"refused: {_short(error)}")
-    teachers, reasons = [], []
+    teachers, reasons, with_kl = [], [], True
     for teacher in ("cached", "online"):
         try:
-            _check_teacher(model_type, teacher, folder / teacher)
+            with_kl = _check_teacher(model_type, teacher, folder / teacher)
             teachers.append(teacher)
         except ValueError as error:
             reasons.append(_short(error))
     verdict = "supported" if "online" in teachers else f"refused: {reasons[-1]}"
-    return Outcome(kind, verdict, targets, " and ".join(teachers))
+    return Outcome(kind, verdict, targets, " and ".join(teachers) + ("" if with_kl else ", `alignment_kl_weight=0`"))
 
 
 def _short(error: Exception) -> str:
@@ -188,6 +196,7 @@ def _check_models(model: PreTrainedModel, own: torch.Tensor, folder: Path) -> st
     whole = SplitModel(copy.deepcopy(model), 2, 0.0, LoraConfig(r=2))
     _expect(torch.allclose(_forward(whole.package_model), own, atol=1e-4), "beta = 0 is not the full model")
     split = SplitModel(model, 2, 0.5, LoraConfig(r=2))
+    check_split(split, torch.device("cpu"), cached=False)
     states = [
         {key: torch.randn_like(tensor) / 10 for key, tensor in get_lora_state(split.adap_emu, lora).items()}
         for lora in ("client", "emulator")
@@ -209,8 +218,8 @@ def _check_models(model: PreTrainedModel, own: torch.Tensor, folder: Path) -> st
     return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
-def _check_teacher(model_type: str, teacher: str, folder: Path):
-    """An alignment step with a cached or an online teacher; with the cached one, a whole round as well."""
+def _check_teacher(model_type: str, teacher: str, folder: Path) -> bool:
+    """An alignment step with a cached or an online teacher, a whole round with the cached one. Whether there was KL."""
     rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(16)]
     args = FedBiOTConfig(
         output_dir=str(folder / "run"),
@@ -238,12 +247,13 @@ def _check_teacher(model_type: str, teacher: str, folder: Path):
         runner = make()
     if teacher == "online":
         _expect(runner.server.align(1)["alignment_l2"] > 0, "alignment")
-        return
+        return args.alignment_kl_weight > 0
     runner.train()
     runner.server.install_loras()
     plain = PeftModel.from_pretrained(tiny_model(model_type), runner.folder.client_lora).eval()
     own = runner.server.models.adap_fu.eval()
     _expect(torch.allclose(_forward(plain), _forward(own), atol=1e-3), "PEFT reads another LoRA")
+    return args.alignment_kl_weight > 0
 
 
 def write_table(outcomes: dict[str, Outcome]):

@@ -36,8 +36,8 @@ def check_split(models: SplitModel, device: torch.device, compare_full: bool = T
         _refuse_unused_loras(models, texts, name)
         adap_emu.eval()
         wiring = wiring_of(models, texts)
-        with capture(adap_emu, layers_name, top, wiring) as seen:
-            causal_lm(adap_emu).base_model(**texts, use_cache=False)
+        with _named(name), capture(adap_emu, layers_name, top, wiring) as seen:
+            causal_lm(adap_emu).base_model(**texts)  # with the cache of generation, if it has one
         if seen.entering.shape != (*texts["input_ids"].shape, adap_emu.config.get_text_config().hidden_size):
             raise ValueError(
                 f"`model` is {name}, in which a tensor of shape {tuple(seen.entering.shape)} enters the adapter layers "
@@ -48,7 +48,11 @@ def check_split(models: SplitModel, device: torch.device, compare_full: bool = T
         if compare_full and split.dropped:
             full = models.adap_fu.eval()
             layers = causal_lm(full).get_submodule(layers_name)
-            with bypassed(layers, split.dropped, wiring), capture(full, layers_name, split.top_index) as expected:
+            with (
+                _named(name),
+                bypassed(layers, split.dropped, wiring),
+                capture(full, layers_name, split.top_index) as expected,
+            ):
                 causal_lm(full).base_model(**texts, use_cache=False)
             if not _same(seen.last[mask], expected.last[mask]):
                 raise ValueError(
@@ -56,21 +60,30 @@ def check_split(models: SplitModel, device: torch.device, compare_full: bool = T
                     "the full model without them. This architecture is supported with `emulator_drop_ratio=0` only."
                 )
         if cached:
-            alone = run_adapter_layers(models, texts, seen.states)
+            with _named(name):
+                alone = run_adapter_layers(models, texts, seen.states)
             if not _same(seen.last[mask], alone.last[mask]):
                 raise ValueError(
                     f"`model` is {name}, whose adapter layers need more of the layers below than a vector for each "
                     "token, so they cannot be run from stored hidden states. Set `teacher='online'`."
                 )
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"`model` is {name}, whose decoder cannot run without some of its layers ({type(error).__name__}: {error}). "
-            "This architecture is not supported."
-        ) from error
     finally:
         adap_emu.train(training)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of which model it is what a model raises that cannot run without some of its layers."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`model` is {name}, whose decoder cannot run without some of its layers ({type(error).__name__}: {error}). "
+            "Keep others, with another `emulator_drop_ratio` or `num_adapter_layers`, if that helps; otherwise this "
+            "architecture is not supported."
+        ) from error
 
 
 def _two_texts(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -98,7 +111,7 @@ def _refuse_unused_loras(models: SplitModel, texts: dict[str, torch.Tensor], nam
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path)) for path, module in loras.items()
     ]
     try:
-        with _random_state_kept(texts["input_ids"].device):
+        with _named(name), _random_state_kept(texts["input_ids"].device):
             causal_lm(models.adap_emu.train()).base_model(**texts, use_cache=False)
     finally:
         for hook in hooks:

@@ -42,7 +42,9 @@ class FusedLoraLinear(lora.Linear):
             x, *weights = (None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
         elif any(weight is not None and weight.dtype != x.dtype for weight in weights):
             return super().forward(x)
-        return _FusedLora.apply(x, *weights, self.scaling[lora_name])
+        # Reshaped out here: a model may change in place what a function returns, but not a view made inside it.
+        rows = _FusedLora.apply(x.flatten(0, -2), *weights, self.scaling[lora_name])
+        return rows.view(*x.shape[:-1], -1)
 
     def _is_plain(self) -> bool:
         base = self.get_base_layer()
@@ -60,33 +62,31 @@ class FusedLoraLinear(lora.Linear):
 
 class _FusedLora(torch.autograd.Function):
     """
-    `x W^T + bias + scaling (x A^T) B^T` for a frozen `W`.
+    `x W^T + bias + scaling (x A^T) B^T` for a frozen `W` and rows `x`, `(num_tokens, in_features)`.
 
     The products with the rank as a side are written with it as the number of rows, `(r, num_tokens)`: some matrix
     libraries are several times slower with it as the number of columns.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling):
-        rows = x.flatten(0, -2)
+    def forward(ctx, rows, weight, bias, a, b, scaling):
         low = a @ rows.T
         output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         output.addmm_(low.T, b.T, alpha=scaling)
         _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(rows if needs_a else None, low if needs_b else None, weight, a, b)
         ctx.scaling = scaling
-        return output.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx, grad):
         rows, low, weight, a, b = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        shape, grad = grad.shape, grad.flatten(0, -2)
         grad_x = grad_a = grad_b = None
         if needs_x or needs_a:
             grad_low = (b.T @ grad.T).mul_(ctx.scaling)
         if needs_x:
-            grad_x = (grad @ weight).addmm_(grad_low.T, a).view(*shape[:-1], -1)
+            grad_x = (grad @ weight).addmm_(grad_low.T, a)
         if needs_a:
             grad_a = grad_low @ rows
         if needs_b:

@@ -134,3 +134,14 @@ def test_bf16_weights_are_not_folded(batch):
     with folded_loras(model, "default"):
         assert all(layer.folded is None for layer in model.modules() if isinstance(layer, FusedLoraLinear))
         assert torch.equal(model(**batch).logits, expected)
+
+
+def test_output_may_be_changed_in_place():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["0"]))
+    layer = fuse_loras(model).base_model.model[0]
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    output = layer(x)
+    output.add_(1).sum().backward()
+    changed, x.grad = x.grad, None
+    (layer(x) + 1).sum().backward()
+    assert torch.equal(changed, x.grad)
