@@ -131,8 +131,8 @@ class FederatedRunner:
         set_seed(args.seed)
         with no_progress_bars():
             if isinstance(model, str):
-                init_kwargs, remote = args.init_kwargs(), ("revision", "token", "trust_remote_code")
-                remote = {name: init_kwargs[name] for name in remote if init_kwargs.get(name) is not None}
+                init_kwargs, shared = args.init_kwargs(), ("revision", "token", "trust_remote_code")
+                remote = {name: value for name, value in init_kwargs.items() if name in shared and value is not None}
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
             if processing_class is None:
                 raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")

@@ -227,7 +227,9 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             if STATES not in inputs:
                 return run_full_model(self.models, text)
             if self.args.alignment_kl_weight == 0:
-                return Captured(entering=inputs[STATES][..., : self._hidden_size])
+                seen = Captured()
+                seen.entering = inputs[STATES][..., : self._hidden_size]
+                return seen
             return run_adapter_layers(self.models, text, inputs[STATES])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -10,6 +10,8 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -202,7 +204,7 @@ def _refuse_names_of_nothing(config: LoraConfig, argument: str, model: PreTraine
     entries = [("target_modules", target, _reader([target])) for target in _entries(config.target_modules)]
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
-            entries.append((field, pattern, lambda name, p=pattern: get_pattern_key([p], name) == p))
+            entries.append((field, pattern, partial(_is_meant, pattern)))
     entries += [("exclude_modules", name, _reader([name])) for name in _entries(config.exclude_modules)]
     for field, entry, reads in entries:
         if not any(map(reads, every if field == "exclude_modules" else linear)):
@@ -211,6 +213,10 @@ def _refuse_names_of_nothing(config: LoraConfig, argument: str, model: PreTraine
                 f"`{field}` has '{entry}' in `{argument}`, which matches no linear layer of {type(model).__name__} in "
                 f"the decoder layers {layers}, which are kept. There are: {', '.join(inside)}."
             )
+
+
+def _is_meant(pattern: str, name: str) -> bool:
+    return get_pattern_key([pattern], name) == pattern
 
 
 def _entries(names) -> list[str]:
@@ -234,10 +240,11 @@ def _is_a_projection(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     probe = copy.copy(module)
-    probe._parameters = {
+    shapes: dict[str, Any] = {
         name: parameter if parameter is None else torch.empty(whole_shape(parameter), device="meta")
         for name, parameter in module._parameters.items()
     }
+    probe._parameters = shapes
     try:
         output = type(module).forward(probe, torch.empty(2, 3, module.in_features, device="meta"))
     except Exception:  # whatever a layer of another kind makes of it

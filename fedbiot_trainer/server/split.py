@@ -87,7 +87,8 @@ class LayerSplit:
     def rename_kept(self, names: list[str]) -> list[str]:
         """Module names in the full model as names in the emulator, without those in dropped layers."""
         dropped = re.compile(rf"(?:^|\.){re.escape(self.layers_name)}\.(?:{'|'.join(map(str, self.dropped))})(?:\.|$)")
-        return list(self.to_emulator({name: None for name in names if not dropped.search(name)}))
+        positions = {full: position for position, full in enumerate(self.full_indices)}
+        return list(self._rename(dict.fromkeys(name for name in names if not dropped.search(name)), positions))
 
     def _rename(self, state, index_map):
         pattern = re.compile(rf"((?:^|\.){re.escape(self.layers_name)}\.)(\d+)(?=\.|$)")

@@ -357,7 +357,7 @@ class RoundTrainer(SFTTrainer):
         try:
             output = super().train(*args, **kwargs)
         finally:
-            vars(self.model).pop("forward", None)
+            self.model.__dict__.pop("forward", None)
             if forward is not None:
                 self.model.forward = forward
             if generate is not None:
