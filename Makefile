@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow test-lm-eval architectures quality style clean
+.PHONY: install demo test test-fast test-slow test-lm-eval architectures quality style clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -22,8 +22,14 @@ install: $(VENV)/.installed
 demo: $(VENV)/.runtime
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/fedbiot_sft.py
 
+# Two processes; the tests of a file stay together, with what its fixtures have launched.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-fast: install
+	$(PYTEST) -m "not slow and not trains"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -34,7 +40,7 @@ test-lm-eval:
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -e ".[lm-eval]" pytest
 	$(VENV)-lm-eval/bin/python -c "import lm_eval"  # without it the tests would be skipped
-	$(VENV)-lm-eval/bin/python -m pytest tests/test_lm_eval.py
+	$(VENV)-lm-eval/bin/python -m pytest tests/recipes/test_lm_eval.py
 
 # docs/architectures.md
 architectures: install
@@ -43,6 +49,7 @@ architectures: install
 quality: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 
 style: install
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -6,10 +6,10 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedbiot_trainer" / "__init__.py").read_text()).group(1)
-QUALITY = ["ruff>=0.14"]
+QUALITY = ["mypy>=2.4", "ruff>=0.14"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]
 QUANTIZATION = ["bitsandbytes>=0.48", "torchao>=0.18"]
-TEST = ["hypothesis>=6.100", "pytest>=8.0", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
 
 setup(
     name="fedbiot-trainer",

@@ -6,7 +6,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Where the hidden states of public text are kept by default.
-os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "fedbiot-trainer-tests")
+# Its own folder for each worker of pytest-xdist, so that none reads what another is writing.
+os.environ["HF_HOME"] = os.path.join(
+    tempfile.gettempdir(), "fedbiot-trainer-tests", os.environ.get("PYTEST_XDIST_WORKER", "main")
+)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import evaluate
@@ -19,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import fedbiot_trainer
 from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig, FederatedRunner
-from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
+from fedbiot_trainer.server.split_model import SplitModel
+from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora, set_lora_state
 
 
 torch.set_num_threads(1)
@@ -37,6 +41,12 @@ SIZES = {
     "eos_token_id": 1,
     "bos_token_id": None,
 }
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "make_args" in item.fixturenames:  # a trainer's settings
+            item.add_marker("trains")
 
 
 def tiny_model(model_type="llama", seed=0, dtype=torch.float32, **changes):
@@ -80,6 +90,20 @@ def randomize(model, *lora_names, size=0.1):
         states.append(random_lora(get_lora_state(model, name), size, seed))
         set_lora_state(model, name, states[-1])
     return states
+
+
+def trained(model, num_adapter_layers=2):
+    """A split of `model` with random LoRAs, and its package."""
+    models = SplitModel(model, num_adapter_layers, 0.5, LoraConfig(r=4, target_modules="all-linear"))
+    states = randomize(models.adap_emu, "client", "emulator")
+    models.plug_in(states[0])
+    return models, models.package(*states)
+
+
+def save_result(models, package, folder, base_model):
+    """What a run leaves of the client LoRA."""
+    save_lora(folder, models.adap_fu.peft_config["client"], models.split.to_full(package.client_lora), base_model)
+    return folder
 
 
 def assert_as_exact(ours, theirs, exact):

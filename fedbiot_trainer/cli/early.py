@@ -52,7 +52,7 @@ def check_early(argv: list[str]):
         values["teacher"] = "online" if values["num_adapter_layers_bottom"] > 0 else "cached"
     check_federation(SimpleNamespace(**values))
 
-    sources = {name: given.get(name) for name in SOURCES}
+    sources: dict[str, Any] = {name: given.get(name) for name in SOURCES}
     sources["dataset_streaming"] = _convert(sources["dataset_streaming"], bool)
     sources["eval_fraction"] = _convert(sources["eval_fraction"], float)
     check_sources(SimpleNamespace(**sources))
@@ -79,7 +79,7 @@ def _given(argv) -> dict[str, Any] | None:
             flags[name.replace("-", "_")] = [value] if value else []
         elif name is not None:
             flags[name.replace("-", "_")].append(word)
-    given = {}
+    given: dict[str, Any] = {}
     if flags.get("config"):
         try:
             given = yaml.safe_load(Path(flags["config"][0]).read_text(encoding="utf-8")) or {}

@@ -55,6 +55,7 @@ def merge(
             layers than the model's.
     """
     folder, output = Path(folder), Path(output)
+    source: str | Path
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileExistsError(f"`output` is '{output}', which is there and is not empty. Choose another folder.")
     if (folder / MANIFEST).is_file():

@@ -48,11 +48,11 @@ class FederatedClient:
             PayloadError: If the payload is damaged, or not for this emulator.
         """
         trainer = self.trainer
-        own = {
-            "client_lora": self._traveling(trainer.package_lora),
-            "emulator_lora": get_lora_state(trainer.model, EMULATOR),
-        }
-        order = RoundStart.from_bytes(start, **own)
+        order = RoundStart.from_bytes(
+            start,
+            client_lora=self._traveling(trainer.package_lora),
+            emulator_lora=get_lora_state(trainer.model, EMULATOR),
+        )
         set_lora_state(trainer.model, CLIENT, arrived(order.client_lora, trainer.package_lora))
         set_lora_state(trainer.model, EMULATOR, order.emulator_lora)
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -12,7 +13,7 @@ from ..shared.texts import check_texts, is_conversational, text_columns
 
 
 def name_client_datasets(
-    client_datasets: Mapping[str | int, Dataset] | Sequence[tuple[str | int, Dataset]] | None,
+    client_datasets: Mapping[Any, Dataset] | Sequence[tuple[Any, Dataset]] | None,
     train_dataset: Dataset | None,
     args: FedBiOTConfig,
 ) -> dict[str, Dataset]:
@@ -106,8 +107,8 @@ def partition_dataset(dataset: Dataset, args: FedBiOTConfig) -> dict[str, Datase
         return {value: dataset.select(by_value[value]) for value in sorted(by_value)}
 
     _check_enough(dataset, args.num_clients)
-    shards = _dirichlet(list(by_value.values()), args.num_clients, args.dirichlet_alpha, rng)
-    return {f"client-{i}": dataset.select(sorted(shard)) for i, shard in enumerate(shards)}
+    drawn = _dirichlet(list(by_value.values()), args.num_clients, args.dirichlet_alpha, rng)
+    return {f"client-{i}": dataset.select(sorted(rows)) for i, rows in enumerate(drawn)}
 
 
 def _check_enough(dataset, num_clients):
@@ -118,7 +119,7 @@ def _check_enough(dataset, num_clients):
         )
 
 
-def rows_by_value(dataset: Dataset, column: str, name: str) -> dict[str | None, list[int]]:
+def rows_by_value(dataset: Dataset, column: str | None, name: str) -> dict[Any, list[int]]:
     """
     Which rows have which value in `column`; those without one (`None`, NaN, an empty text) are under `None`.
 

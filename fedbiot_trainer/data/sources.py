@@ -110,7 +110,7 @@ def to_examples(
     if limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(limit))
     prompt, completion = templates
-    if prompt is None:
+    if prompt is None or completion is None:
         return dataset
     for name, template in ((flag, prompt), (flag.replace("prompt_", "completion_"), completion)):
         unknown = [column for column in template_columns(template, name) if column not in dataset.column_names]

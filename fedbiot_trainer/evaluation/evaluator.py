@@ -1,6 +1,7 @@
 """Zero-shot, AdapEmu and AdapFu on held-out text."""
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -115,7 +116,7 @@ class Evaluator:
                     causal_lm(adap_emu).base_model(**text, use_cache=False)
                 if counts:
                     l2, kl = distances(student, teacher, mask, logits)
-                    totals += torch.tensor([l2.item(), kl.item(), mask.sum().item()])
+                    totals += torch.tensor([l2.item(), cast(torch.Tensor, kl).item(), mask.sum().item()])
         l2, kl, tokens = self.accelerator.reduce(totals.to(self.accelerator.device)).tolist()
         return {"drift_l2": l2 / tokens, "drift_kl": kl / tokens}
 

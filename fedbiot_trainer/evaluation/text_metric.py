@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import evaluate
 from accelerate import Accelerator
@@ -48,7 +49,7 @@ class TextMetric:
                 f"`eval_reference_column` is '{column}', but `eval_dataset` has no such column (it has: "
                 f"{', '.join(columns)}). Name the one with the references of `eval_metric`."
             )
-        self.references = answers if column not in columns else _references(dataset, column)
+        self.references: list[str] = _references(dataset, column) if column in columns else answers or []
         self.module = _load_module(name)
         self.completes_code = self.module.name == "pass_at_k" and "entry_point" in columns
         if self.completes_code:
@@ -95,7 +96,7 @@ class TextMetric:
         return broadcast_object_list(results)[0]
 
 
-def _prompts(dataset, metric) -> tuple[list[str | dict], list[str] | None]:
+def _prompts(dataset, metric) -> tuple[list[Any], list[str] | None]:
     """The prompts of a dataset, conversations as arguments of `apply_chat_template`, and the answers in these."""
     columns, first = dataset.column_names, dataset[0]
     names = ("prompt", "messages", "conversations")
@@ -116,7 +117,7 @@ def _prompts(dataset, metric) -> tuple[list[str | dict], list[str] | None]:
                 f"`eval_metric` is '{metric}', but the conversation in row {talks.index([])} of `eval_dataset` has one "
                 "message, so there is nothing to answer. Leave it out."
             )
-    prompts = [{"conversation": talk} for talk in talks]
+    prompts: list[dict[str, Any]] = [{"conversation": talk} for talk in talks]
     for row, prompt in zip(dataset, prompts, strict=True):
         if row.get("tools"):
             prompt["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]

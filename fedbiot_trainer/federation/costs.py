@@ -27,7 +27,12 @@ from ..wire.messages import ClientUpdate, LocalWork, RoundStart
 
 COLUMNS = {"fedbiot": "client", "full_lora": "full-model LoRA", "full_finetuning": "full fine-tuning"}
 COLUMNS |= {"cached": "teacher cached", "online": "teacher online"}
-SETTINGS = ("num_adapter_layers", "num_adapter_layers_bottom", "emulator_drop_ratio", "emulator_lora_r")
+SETTINGS: tuple[str, ...] = (
+    "num_adapter_layers",
+    "num_adapter_layers_bottom",
+    "emulator_drop_ratio",
+    "emulator_lora_r",
+)
 SETTINGS += ("num_clients", "fraction_train", "num_rounds", "local_steps", "proximal_weight", "max_length")
 SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "alignment_batch_size", "alignment_steps")
 SETTINGS += ("initial_alignment_steps", "alignment_kl_weight")
@@ -96,8 +101,9 @@ def plan(
     counts = models.count_parameters()
     states = [{key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()} for state in states]
     states[0] = traveling(states[0], args.freeze_a)
+    work = LocalWork(args.local_steps, 2**20, 2**20, 2**20, args.proximal_weight, 2**31)
     down, up = (
-        len(RoundStart(0, LocalWork(args.local_steps, *[2**20] * 3, args.proximal_weight, 2**31), *states).to_bytes()),
+        len(RoundStart(0, work, *states).to_bytes()),
         len(ClientUpdate(0, "", 1, {}, states[0]).to_bytes()),
     )
     once, lora_bytes = package_weights + down, full_lora["weight_memory"] - weights

@@ -22,7 +22,10 @@ MAX_VOID_ROUNDS = 3  # in a row, with too few answers; more of them and somethin
 class Observer:
     """What follows a run: shows it, keeps it, sends it somewhere. All processes have the same observers."""
 
-    stops_run: bool = False  # whether the run is to end after this round
+    @property
+    def stops_run(self) -> bool:
+        """Whether the run is to end after this round."""
+        return False
 
     def on_phase(self, server_round: int, phase: str):
         """Something begins. Round 0 is what comes before the first round."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
@@ -73,7 +74,7 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:
         own = copy.copy(args)
         own.output_dir = str(folder / folder_name(name))
         summaries[name] = FederatedRunner(model, own, {name: dataset}, **kwargs).train()
-    means = {
+    means: dict[str, Any] = {
         key: _means([getattr(summary, key) for summary in summaries.values()])
         for key in (*ROWS, "bytes", "seconds", "tokens_per_example")
     }
@@ -88,8 +89,9 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:
     return summary
 
 
-def _means(values: list[dict[str, float | None] | None]) -> dict[str, float | None] | None:
+def _means(values: list[dict[str, Any] | None]) -> dict[str, float | None] | None:
     """The mean of each number; `None` for what was not measured."""
-    if values[0] is None:
+    measured = [value for value in values if value is not None]
+    if not measured:
         return None
-    return {key: None if value is None else mean(v[key] for v in values) for key, value in values[0].items()}
+    return {key: None if value is None else mean(v[key] for v in measured) for key, value in measured[0].items()}

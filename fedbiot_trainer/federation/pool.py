@@ -102,7 +102,8 @@ class _Deadline(TrainerCallback):
     """Ends a client's training after the step in which its time is up. The first process's clock counts."""
 
     def __init__(self, interruption: Interruption):
-        self.interruption, self.at = interruption, None
+        self.interruption = interruption
+        self.at: float | None = None
 
     def set(self, seconds: float | None):
         self.at = None if seconds is None else time.perf_counter() + seconds

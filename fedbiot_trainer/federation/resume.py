@@ -124,21 +124,21 @@ def find_state(folder: RunFolder, checkpoint: str | bool) -> FederationState | N
     Raises:
         ValueError: If there is nothing to go on from at that path, or what is there is damaged.
     """
-    found = [None]
+    found: list[Any] = [None]
     if PartialState().is_main_process:
         try:
             found = [_find(folder, checkpoint)]
         except ValueError as error:
             found = [error]
-    found = broadcast_object_list(found)[0]
-    if isinstance(found, ValueError):
-        raise found
-    return found
+    state = broadcast_object_list(found)[0]
+    if isinstance(state, ValueError):
+        raise state
+    return state
 
 
 def _find(folder: RunFolder, checkpoint: str | bool) -> FederationState | None:
-    in_place = checkpoint is True or str(checkpoint).lower() == "true"
-    path = folder.path if in_place else Path(checkpoint)
+    in_place = str(checkpoint).lower() == "true"
+    path = folder.path if in_place else Path(str(checkpoint))
     states = path.parent if path.is_file() else path / "state" if (path / "state").is_dir() else path
     state = FederationState.load(path) if path.is_file() else FederationState.load_newest(states)
     if state is not None:

@@ -130,8 +130,8 @@ class FederatedRunner:
         set_seed(args.seed)
         with no_progress_bars():
             if isinstance(model, str):
-                init_kwargs, remote = args.init_kwargs(), ("revision", "token", "trust_remote_code")
-                remote = {name: init_kwargs[name] for name in remote if init_kwargs.get(name) is not None}
+                init_kwargs, shared = args.init_kwargs(), ("revision", "token", "trust_remote_code")
+                remote = {name: value for name, value in init_kwargs.items() if name in shared and value is not None}
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
             if processing_class is None:
                 raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
@@ -199,10 +199,9 @@ class FederatedRunner:
         try:
             state = self._claim(resume_from_checkpoint or self.args.resume_from_checkpoint)
             with self.interruption.listening(), frozen_garbage():
-                self._train(state, started)
+                return self._train(state, started)
         finally:
             self.folder.release()
-        return self.summary
 
     def _claim(self, checkpoint: str | bool | None) -> FederationState | None:
         """Take the folder, and find in it what to go on from."""
@@ -227,7 +226,7 @@ class FederatedRunner:
             self.folder.set_records(state.records)
         return state
 
-    def _train(self, state: FederationState | None, started: float):
+    def _train(self, state: FederationState | None, started: float) -> RunSummary:
         server, main = self.server, self.args.process_index == 0
         if state is not None:
             server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
@@ -256,7 +255,7 @@ class FederatedRunner:
             self.trackers.log({f"{who}_{name}": results[who][name] for who, names in scores.items() for name in names})
 
         seconds = time.perf_counter() - started
-        self.summary = summarize(
+        summary = self.summary = summarize(
             self.args,
             server,
             self.clients,
@@ -271,12 +270,11 @@ class FederatedRunner:
         self.trackers.tell("on_train_end")
         if main:
             if results:
-                self.console.print("", result_table(self.summary))
-            self.console.print(
-                *result_lines(self.summary, self.folder.path), sep="\n", highlight=False, soft_wrap=True
-            )
+                self.console.print("", result_table(summary))
+            self.console.print(*result_lines(summary, self.folder.path), sep="\n", highlight=False, soft_wrap=True)
         if self.args.push_to_hub and main:
             self.console.print(f"pushed to {self.push_to_hub()}")
+        return summary
 
     def _write_package(self) -> tuple[ParameterCounts, int]:
         """Write what clients get, and show the split. Returns its sizes, in parameters and bytes."""

@@ -40,7 +40,9 @@ def summarize(
     public = [server.trainer.train_dataset] if server.trainer is not None else []
     phases = sorted({phase for record in records for phase in record.seconds})
     return RunSummary(
-        **results,
+        zero_shot=results.get("zero_shot"),
+        adap_emu=results.get("adap_emu"),
+        adap_fu=results.get("adap_fu"),
         split=server.models.split.record(),
         rounds=len(records),
         processes={"number": args.world_size, "type": PartialState().distributed_type.value},

@@ -20,7 +20,7 @@ def write_model_card(folder: str | Path, model_name: str | None, args: FedBiOTCo
         args ([`FedBiOTConfig`]): Configuration of the run.
         summary ([`RunSummary`], *optional*): `None` if the run did not end.
     """
-    on_hub = bool(model_name) and not Path(model_name).exists()
+    on_hub = model_name is not None and not Path(model_name).exists()
     data = ModelCardData(
         base_model=model_name if on_hub else None,
         library_name="peft",

@@ -58,7 +58,7 @@ def split_table(
 
 def result_table(summary: RunSummary) -> Table:
     """Zero-shot, AdapEmu and AdapFu, with gain, gap, bytes and time below."""
-    metrics = list(summary.adap_fu)
+    metrics = list(summary.adap_fu or ())
     table = Table(title="Result on held-out text", title_justify="left", show_edge=False)
     table.add_column("")
     for metric in metrics:

@@ -75,9 +75,9 @@ class Trackers:
     def log(self, evaluated: dict[str, float | None], **logs: float | None):
         """Log scalars; those in `evaluated` as results of an evaluation."""
         metrics = {f"eval_{key}": value for key, value in evaluated.items() if value is not None}
-        logs = {key: value for key, value in logs.items() if value is not None} | metrics
-        if logs:
-            self.state.log_history.append({**logs, "step": self.state.global_step})
-            self.tell("on_log", logs)
+        scalars = {key: value for key, value in logs.items() if value is not None} | metrics
+        if scalars:
+            self.state.log_history.append({**scalars, "step": self.state.global_step})
+            self.tell("on_log", scalars)
         if metrics:
             self.tell("on_evaluate", metrics)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -30,8 +31,8 @@ class Captured:
         carried (`list[torch.Tensor]`): What else the layers below hand on to the adapter layers.
     """
 
-    entering: torch.Tensor | None = None
-    last: torch.Tensor | None = None
+    entering: torch.Tensor = field(init=False)
+    last: torch.Tensor = field(init=False)
     carried: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -170,13 +171,15 @@ def run_adapter_layers(models: SplitModel, inputs: dict[str, torch.Tensor], stat
             sequence_length, width)`.
     """
     adap_emu, split = models.adap_emu, models.split
-    wiring = wiring_of(models, inputs)
+    wiring, whole_model = wiring_of(models, inputs), cast(Any, adap_emu)
     with (
         entering_at(adap_emu, split.layers_name, split.top_position, states, wiring),
         capture(adap_emu, split.layers_name, split.top_position, wiring) as captured,
     ):
         if isinstance(adap_emu, FSDPModule):  # must see the forward pass of the whole model; no logits are wanted
-            adap_emu(**inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=states.device))
+            whole_model(
+                **inputs, use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.long, device=states.device)
+            )
         else:
             causal_lm(adap_emu).base_model(**inputs, use_cache=False)
     return captured

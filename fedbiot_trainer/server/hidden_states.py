@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -42,7 +43,7 @@ class HiddenStateStore:
     """
 
     def __init__(self, folder: Path | None, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype):
-        self.folder, self.lengths, self.hidden_size, self.dtype = folder, list(lengths), hidden_size, dtype
+        self._folder, self.lengths, self.hidden_size, self.dtype = folder, list(lengths), hidden_size, dtype
         self.shards: list[range] = []
         start = tokens = 0
         for row, length in enumerate(self.lengths):
@@ -51,7 +52,13 @@ class HiddenStateStore:
                 start, tokens = row, 0
             tokens += length
         self.shards.append(range(start, len(self.lengths)))
-        self._slices: dict[int, object] = {}
+        self._slices: dict[int, Any] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards are."""
+        assert self._folder is not None, "a store that is only measured has no files"
+        return self._folder
 
     def num_bytes(self, num_texts: int) -> int:
         """Size of the shards that hold the first `num_texts` texts in bytes, without the files' headers."""
@@ -226,7 +233,7 @@ def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
             for part in _parts(whole.detach()):
                 value = part.cpu().contiguous()
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.flatten().view(torch.uint8).numpy())
+                digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

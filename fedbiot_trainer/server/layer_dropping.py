@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def drop_layers(model: PreTrainedModel, split: LayerSplit) -> PreTrainedModel:
     config = _shrink_config(model.config, split)
     smaller = _twin(model, split, {id(model.config): config, **_subconfigs(model.config, config)})
     smaller.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-    layers = smaller.get_submodule(split.layers_name)
+    layers = cast(nn.ModuleList, smaller.get_submodule(split.layers_name))
     for position, layer in enumerate(layers):
         for module in layer.modules():
             for attribute in _INDEX_ATTRIBUTES:
@@ -107,7 +107,7 @@ def _subconfigs(old: PretrainedConfig, new: PretrainedConfig) -> dict[int, Pretr
     return {id(value): getattr(new, name) for name, value in vars(old).items() if isinstance(value, PretrainedConfig)}
 
 
-def _twin(root: nn.Module, split: LayerSplit, configs: dict[int, PretrainedConfig]) -> nn.Module:
+def _twin(root: nn.Module, split: LayerSplit, configs: dict[int, PretrainedConfig]) -> Any:
     """New module objects around the same tensors, without the dropped layers and without hooks."""
     twins: dict[int, nn.Module] = {}
 
@@ -120,7 +120,8 @@ def _twin(root: nn.Module, split: LayerSplit, configs: dict[int, PretrainedConfi
             new.config = configs[id(module.config)]
         inside = list(children(module).items())
         if path == split.layers_name:
-            inside = [(str(i), module[full]) for i, full in enumerate(split.full_indices)]
+            layers = cast(nn.ModuleList, module)
+            inside = [(str(i), layers[full]) for i, full in enumerate(split.full_indices)]
         children(new).clear()
         for name, child in inside:
             children(new)[name] = child if child is None else twin(child, f"{path}.{name}" if path else name)

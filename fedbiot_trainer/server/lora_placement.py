@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -207,7 +208,7 @@ def _refuse_names_of_nothing(config: LoraConfig, argument: str, model: PreTraine
     entries = [("target_modules", target, _reader([target])) for target in _entries(config.target_modules)]
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
-            entries.append((field, pattern, lambda name, p=pattern: get_pattern_key([p], name) == p))
+            entries.append((field, pattern, partial(_is_meant, pattern)))
     excluded = config.exclude_modules
     entries += [("exclude_modules", name, _reader([name])) for name in _entries(excluded)]
     if isinstance(excluded, str):
@@ -219,6 +220,10 @@ def _refuse_names_of_nothing(config: LoraConfig, argument: str, model: PreTraine
                 f"`{field}` has '{entry}' in `{argument}`, which matches no linear layer of {type(model).__name__} in "
                 f"the decoder layers {layers}, which are kept. There are: {', '.join(inside)}."
             )
+
+
+def _is_meant(pattern: str, name: str) -> bool:
+    return get_pattern_key([pattern], name) == pattern
 
 
 def _entries(names) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -47,10 +48,11 @@ def _is_a_projection(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     probe = copy.copy(module)
-    probe._parameters = {
+    shapes: dict[str, Any] = {
         name: parameter if parameter is None else torch.empty(whole_shape(parameter), device="meta")
         for name, parameter in module._parameters.items()
     }
+    probe._parameters = shapes
     try:
         output = type(module).forward(probe, torch.empty(2, 3, module.in_features, device="meta"))
     except Exception:  # whatever a layer of another kind makes of it

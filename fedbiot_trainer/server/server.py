@@ -134,7 +134,8 @@ class FederatedServer:
 
     def _traveling(self, name: str | None = None) -> LoraState:
         """The part of the client LoRA that is exchanged with a client, or with those of the full rank."""
-        return traveling(self.client_lora, self.args.freeze_a, self.args.ranks.get(name))
+        rank = None if name is None else self.args.ranks.get(name)
+        return traveling(self.client_lora, self.args.freeze_a, rank)
 
     def _work(self, name: str, server_round: int) -> LocalWork:
         args = self.args

@@ -87,7 +87,8 @@ class LayerSplit:
     def rename_kept(self, names: list[str]) -> list[str]:
         """Module names in the full model as names in the emulator, without those in dropped layers."""
         dropped = re.compile(rf"(?:^|\.){re.escape(self.layers_name)}\.(?:{'|'.join(map(str, self.dropped))})(?:\.|$)")
-        return list(self.to_emulator({name: None for name in names if not dropped.search(name)}))
+        positions = {full: position for position, full in enumerate(self.full_indices)}
+        return list(self._rename(dict.fromkeys(name for name in names if not dropped.search(name)), positions))
 
     def _rename(self, state, index_map):
         pattern = re.compile(rf"((?:^|\.){re.escape(self.layers_name)}\.)(\d+)(?=\.|$)")
@@ -157,7 +158,7 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"`model` is {name}, an encoder-decoder. FedBiOT splits decoder-only causal LMs.")
     config = model.config.get_text_config()
-    num_layers = getattr(config, layer_count_name(config), None)
+    num_layers = getattr(config, layer_count_name(config), -1)
     decoder = model.get_decoder()
     decoder_name = next((path for path, module in model.named_modules() if module is decoder), "")
     inside = _outermost_lists(decoder, decoder_name, num_layers) if decoder_name else {}

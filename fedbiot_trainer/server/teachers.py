@@ -124,7 +124,8 @@ class CachedTeacher:
         self.store: HiddenStateStore | None = None
         self._dtype = models.adap_emu.get_input_embeddings().weight.dtype
         self._hidden_size = causal_lm(models.adap_emu).config.get_text_config().hidden_size
-        self._width = self._hidden_size + sum(width for _, width in models.wiring.carried)
+        carried = models.wiring.carried if models.wiring is not None else []
+        self._width = self._hidden_size + sum(width for _, width in carried)
         # A run that does not see every text needs only the beginning of the store.
         needed = steps(0, num_steps).rows()
         whole = len(needed) == len(texts)
@@ -212,5 +213,7 @@ class CachedTeacher:
             if STATES not in inputs:
                 return run_full_model(self.models, text)
             if self.args.alignment_kl_weight == 0:
-                return Captured(entering=inputs[STATES][..., : self._hidden_size])
+                seen = Captured()
+                seen.entering = inputs[STATES][..., : self._hidden_size]
+                return seen
             return run_adapter_layers(self.models, text, inputs[STATES])

@@ -77,13 +77,13 @@ class Wiring:
         """The same arguments with other values of these, side by side in `states`."""
         widths = [width for _, width in self.carried]
         values = states.split([states.shape[-1] - sum(widths), *widths], dim=-1)
-        args, kwargs = list(args), dict(kwargs)
+        others, kwargs = list(args), dict(kwargs)
         for slot, value in zip([self._hidden_slot(args), *(slot for slot, _ in self.carried)], values, strict=True):
             if isinstance(slot, int):
-                args[slot] = value
+                others[slot] = value
             else:
                 kwargs[slot] = value
-        return tuple(args), kwargs
+        return tuple(others), kwargs
 
     def pass_through(self, *args, **kwargs):
         """A layer's forward that hands on what it is given."""

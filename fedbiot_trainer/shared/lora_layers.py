@@ -1,6 +1,6 @@
 """PEFT's LoRA layer with fewer passes over the activations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,12 +34,17 @@ class FusedLoraLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         lora_name = next(name for name in self.active_adapters if name in self.lora_A)
         base = self.get_base_layer()
-        weights = base.weight, base.bias, self.lora_A[lora_name].weight, self.lora_B[lora_name].weight
+        weights: Sequence[torch.Tensor | None] = (
+            base.weight,
+            base.bias,
+            self.lora_A[lora_name].weight,
+            self.lora_B[lora_name].weight,
+        )
         if self.folded is not None:
             return F.linear(x, self.folded, base.bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, *weights = (None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
+            x, weights = x.to(dtype), [None if weight is None else weight.to(dtype) for weight in weights]
         elif any(weight is not None and weight.dtype != x.dtype for weight in weights):
             return super().forward(x)
         # Reshaped out here: a model may change in place what a function returns, but not a view made inside it.

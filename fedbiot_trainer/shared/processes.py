@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,7 +61,7 @@ def gathered(parameters: Iterable[torch.Tensor], write: bool = False) -> Iterato
     yield whole
     if write:
         for parameter, tensor in zip(parameters, whole, strict=True):
-            if parameter is not tensor:
+            if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 parameter.copy_(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
 
@@ -126,7 +127,7 @@ def runnable(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         take_off_hooks(engine)
 
 
-def take_off_hooks(engine: nn.Module):
+def take_off_hooks(engine: Any):
     """Take off the hooks that a DeepSpeed engine leaves on its model, and with which the model would keep it alive."""
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()

@@ -57,7 +57,7 @@ class RoundRecord:
         drift_l2, drift_kl (`float`, *optional*): Distance of the emulator from the full model on that text.
         alignment_l2, alignment_kl (`float`, *optional*): Means of the last ten alignment steps of this round.
         client_losses (`dict[str, float]`): Mean training loss of each client whose update was used.
-        proximal_terms (`dict[str, float]`): Their last proximal terms, without its weight.
+        proximal_terms (`dict[str, float]`): Their last proximal terms, without its weight; `None` without one.
         weights (`dict[str, float]`): Their shares of the average.
         refused (`dict[str, str]`): Clients whose answer was not used, and why.
         failed (`dict[str, str]`): Clients that did not answer, and why.
@@ -80,7 +80,7 @@ class RoundRecord:
     alignment_l2: float | None = None
     alignment_kl: float | None = None
     client_losses: dict[str, float] = field(default_factory=dict)
-    proximal_terms: dict[str, float] = field(default_factory=dict)
+    proximal_terms: dict[str, float | None] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)

@@ -4,8 +4,9 @@ import copy
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,8 @@ class RoundTrainer(SFTTrainer):
     """
 
     lora_name: str
+    train_dataset: Dataset
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
     text_name = "`train_dataset`"
     learning_rate_name = "learning_rate"
 
@@ -357,7 +360,7 @@ class RoundTrainer(SFTTrainer):
         try:
             output = super().train(*args, **kwargs)
         finally:
-            vars(self.model).pop("forward", None)
+            self.model.__dict__.pop("forward", None)
             if forward is not None:
                 self.model.forward = forward
             if generate is not None:

@@ -115,5 +115,5 @@ def prompt_tokens(prompt: str | dict, tokenizer: PreTrainedTokenizerBase) -> lis
     for start in range(len(ids) - len(own) + 1):
         if own and ids[start : start + len(own)] == own:
             return ids[: start + len(own)]
-    start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-    return [token for token in ids if token != tokenizer.eos_token_id] or start
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [token for token in ids if token != tokenizer.eos_token_id] or [first]

@@ -79,6 +79,10 @@ class LocalWork:
         return cls(**value)
 
 
+def _flat(groups: Mapping[str, LoraState]) -> LoraState:
+    return {f"{group}/{key}": tensor.contiguous() for group, state in groups.items() for key, tensor in state.items()}
+
+
 @dataclass
 class _Payload:
     """A manifest of plain values and groups of tensors. Subclasses say which."""
@@ -87,6 +91,8 @@ class _Payload:
     kind: ClassVar[str]
     manifest_fields: ClassVar[dict[str, type]]
     tensor_fields: ClassVar[tuple[str, ...]]
+
+    server_round: int
 
     def to_bytes(self) -> bytes:
         """Encode the payload."""
@@ -97,11 +103,7 @@ class _Payload:
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **manifest}
 
     def _tensors(self) -> LoraState:
-        return {
-            f"{group}/{key}": tensor.contiguous()
-            for group in self.tensor_fields
-            for key, tensor in getattr(self, group).items()
-        }
+        return _flat({group: getattr(self, group) for group in self.tensor_fields})
 
     @classmethod
     def from_bytes(cls, data: bytes, server_round: int | None = None, **expected: LoraState) -> Self:
@@ -134,7 +136,8 @@ class _Payload:
         if unknown:
             raise PayloadError(f"The {cls.title} has unknown values: {shown(sorted(unknown))}.")
         groups: dict[str, LoraState] = {group: {} for group in cls.tensor_fields}
-        payload = cls(**{name: manifest.get(name) for name in cls.manifest_fields}, **groups)
+        values: dict[str, Any] = {name: manifest.get(name) for name in cls.manifest_fields} | groups
+        payload = cls(**values)
         payload.check(server_round)
         for name, tensor in read_tensors(cls.title, content, tensors).items():
             group, _, key = name.partition("/")
@@ -217,7 +220,7 @@ class RoundStarts(Mapping[str, bytes]):
         self._of = lambda name: RoundStart(
             server_round, self.works[name], others.get(name, client_lora), emulator_lora
         )
-        self._tensors = save(RoundStart(server_round, None, client_lora, emulator_lora)._tensors())
+        self._tensors = save(_flat({"client_lora": client_lora, "emulator_lora": emulator_lora}))
         self._other_tensors = {name: save(self._of(name)._tensors()) for name in others if name in self.works}
 
     def size(self, name: str) -> int:

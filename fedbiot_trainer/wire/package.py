@@ -127,7 +127,8 @@ class EmulatorPackage:
             )
         model = load_model(folder, **model_init_kwargs)
         client_config, client_lora = load_lora(folder / "client_lora")
-        emulator_config, emulator_lora = None, {}
+        emulator_config: LoraConfig | None = None
+        emulator_lora: LoraState = {}
         if (folder / "emulator_lora").is_dir():
             emulator_config, emulator_lora = load_lora(folder / "emulator_lora")
         return cls(

@@ -1,26 +1,9 @@
 import pytest
 import torch
-from conftest import assert_same_model, randomize, tiny_model
-from peft import LoraConfig
+from conftest import assert_same_model, save_result, tiny_model, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedbiot_trainer.cli.merge import main, merge
-from fedbiot_trainer.server.split_model import SplitModel
-from fedbiot_trainer.shared.lora_state import save_lora
-
-
-def trained(model, num_adapter_layers=2):
-    """A split of `model` with random LoRAs, and its package."""
-    models = SplitModel(model, num_adapter_layers, 0.5, LoraConfig(r=4, target_modules="all-linear"))
-    states = randomize(models.adap_emu, "client", "emulator")
-    models.plug_in(states[0])
-    return models, models.package(*states)
-
-
-def save_result(models, package, folder, base_model):
-    """What a run leaves of the client LoRA."""
-    save_lora(folder, models.adap_fu.peft_config["client"], models.split.to_full(package.client_lora), base_model)
-    return folder
 
 
 def logits(model, batch):

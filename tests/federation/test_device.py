@@ -12,6 +12,9 @@ import pytest
 from conftest import tiny_model
 
 
+pytestmark = pytest.mark.trains
+
+
 HERE = Path(__file__).parent
 
 

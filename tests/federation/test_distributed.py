@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from fedbiot_trainer.shared.processes import prepare_fsdp
 
 
+pytestmark = pytest.mark.trains
+
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 # The same examples in each step as one process with twice the batch sizes.

@@ -13,6 +13,9 @@ from conftest import sums, tiny_model
 from fedbiot_trainer.federation.interruption import Interruption, RunInterrupted
 
 
+pytestmark = pytest.mark.trains
+
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 LAUNCHERS = {

@@ -16,6 +16,9 @@ from fedbiot_trainer.federation.state import FederationState
 from fedbiot_trainer.output.run_folder import RunFolder
 
 
+pytestmark = pytest.mark.trains
+
+
 HERE = Path(__file__).parent
 SETTINGS = {"num_rounds": 3, "lr_scheduler_type": "linear", "alignment_lr_scheduler_type": "linear"}
 

@@ -17,6 +17,9 @@ from fedbiot_trainer.shared.lora_state import get_lora_state, set_lora_state
 from fedbiot_trainer.wire.messages import LocalWork
 
 
+pytestmark = pytest.mark.trains
+
+
 WORDS = Dataset.from_dict({"prompt": ["a="], "completion": ["b"]})
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import sums, tiny_model
+from conftest import save_result, sums, tiny_model, trained
 from datasets import Dataset
-from test_merge import save_result, trained
 
 from fedbiot_trainer.cli import train
 from fedbiot_trainer.cli.merge import merge
 from fedbiot_trainer.evaluation.passes import complete
+
+
+pytestmark = pytest.mark.trains
 
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"

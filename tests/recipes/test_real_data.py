@@ -8,6 +8,9 @@ from peft import LoraConfig
 from test_prepare import check_no_text_on_two_sides, run_prepare
 
 
+pytestmark = pytest.mark.trains
+
+
 DATA = Path(os.environ.get("FEDBIOT_DATA", ""))
 
 pytestmark = pytest.mark.skipif(

@@ -17,6 +17,9 @@ from fedbiot_trainer.cli.plan import plan_tables
 from fedbiot_trainer.data import sources
 
 
+pytestmark = pytest.mark.trains
+
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "fedbiot_sft.py"
 YAMLS = sorted(path for path in (ROOT / "recipes").glob("**/*.yaml") if path.parent.name != "lm_eval")

@@ -86,6 +86,7 @@ def test_first_step_points_at_the_model(make_runner, monkeypatch):
         run.train()
 
 
+@pytest.mark.trains
 def test_processes_notice_together(tokenizer, tmp_path):
     """One process sees the loss, both leave the client out, and neither waits for the other."""
     tiny_model().save_pretrained(tmp_path / "base")

@@ -1,5 +1,7 @@
 """How the updates of a round become the next client LoRA: one file for each rule, one interface."""
 
+from typing import Any
+
 from ...config.settings import AggregationSettings
 from .capped import CappedAverage
 from .fedadagrad import FedAdagrad
@@ -50,5 +52,5 @@ def make_aggregator(settings: AggregationSettings) -> Aggregator:
     raise ValueError(f"`aggregation` is '{settings.aggregation}', which is no rule.")
 
 
-def _given(**settings: float | None) -> dict[str, float]:
+def _given(**settings: float | None) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}

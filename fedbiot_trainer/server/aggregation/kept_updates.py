@@ -56,8 +56,9 @@ class KeptUpdates:
 
 def weighted_mean(states: Mapping[str, LoraState], shares: Mapping[str, float], like: LoraState) -> LoraState:
     """Mean of the clients' tensors by their shares, in float64 and then the dtypes of `like`."""
+    zero = torch.zeros((), dtype=torch.float64)
     return {
-        key: sum(share * states[client][key].double() for client, share in shares.items()).to(tensor.dtype)
+        key: sum((share * states[client][key].double() for client, share in shares.items()), zero).to(tensor.dtype)
         for key, tensor in like.items()
     }
 

@@ -105,15 +105,15 @@ def filter_instructions(machine: str, pid: int) -> bytes:
     for numbers in ALLOWED.values():
         if numbers[column] is not None:
             instructions += [instruction(JUMP_IF_EQUAL, numbers[column], 0, 1), instruction(RETURN, ALLOW)]
-    for numbers, conditions in checked_calls(pid).values():
-        if numbers[column] is not None:
+    for pair, conditions in checked_calls(pid).values():
+        if pair[column] is not None:
             checks = []
             for word, mask, values in conditions:
                 checks += [instruction(LOAD, 16 + 4 * word), instruction(AND, mask)]
                 checks += [instruction(JUMP_IF_EQUAL, value, len(values) - i, 0) for i, value in enumerate(values)]
                 checks.append(refuse)
             checks.append(instruction(RETURN, ALLOW))
-            instructions += [instruction(JUMP_IF_EQUAL, numbers[column], 0, len(checks)), *checks]
+            instructions += [instruction(JUMP_IF_EQUAL, pair[column], 0, len(checks)), *checks]
     # For what newer C libraries try first (clone3), the answer of a kernel that does not have it.
     instructions += [instruction(JUMP_IF_AT_LEAST, 424, 0, 1), instruction(RETURN, ERRNO | errno.ENOSYS), refuse]
     return b"".join(instructions)
