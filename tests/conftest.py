@@ -106,6 +106,9 @@ def save_result(models, package, folder, base_model):
     return folder
 
 
+ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a float32 number that a few operations made, relative to it
+
+
 def assert_as_exact(ours, theirs, exact):
     """
     Two float32 tensors of one formula are sums of the same products in different orders, so what they may differ by is

@@ -1,8 +1,9 @@
+import copy
 import json
 
 import pytest
 import torch
-from conftest import LORA, randomize, sums, tiny_model
+from conftest import LORA, assert_as_exact, randomize, sums, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -230,14 +231,16 @@ def test_long_and_short_texts(make_trainer):
     texts = [str(10**i) for i in range(1, 20)]
     trainer = make_trainer(dataset=Dataset.from_dict({"text": texts}), alignment_batch_size=3)
     trainer.prepare_teacher()
-    states = {}
+    states, exact = {}, copy.deepcopy(trainer.models.adap_fu).double()
     for text in trainer.train_dataset:
         inputs = {"input_ids": torch.tensor([text["input_ids"]])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        states[text[PLACE]] = run_full_model(trainer.models, inputs).entering[0]
+        with torch.no_grad():
+            true = exact(**inputs, output_hidden_states=True).hidden_states[6]
+        states[text[PLACE]] = run_full_model(trainer.models, inputs).entering[0], true[0]
     assert sorted(states) == list(range(19))
     for place, expected in states.items():
-        assert torch.allclose(trainer.teacher.store[place], expected, atol=1e-5)
+        assert_as_exact(trainer.teacher.store[place], *expected)
 
 
 def test_store_that_cannot_be_read_after_it_was_written(make_trainer, monkeypatch):
