@@ -3,8 +3,8 @@ What one bad client of five does to a run, by the rule of aggregation.
 
 The demo's private text is dealt out to five clients alike, and its settings are those of recipes/demo/demo.yaml with
 fewer rounds. One client trains as the others do, but answers with its change flipped in sign (-1) or a hundred times
-as large (100). Each row is a run; `ratio` is its loss of AdapFu on held-out text against that of the
-first, which is FedAvg without a bad client.
+as large (100). Each row is a run; `ratio` is its loss of AdapFu on held-out text against that of the first row, which is
+FedAvg without a bad client.
 
     python benchmarks/robust_aggregation.py --json robust_aggregation.json
 """
