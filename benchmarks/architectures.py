@@ -97,7 +97,7 @@ OWN = {
     "zamba2": {
         **{"attention_hidden_size": 64, "attention_head_dim": 16},
         **{
-            "layer_types": ["linear_attention", "linear_attention", "hybrid", "linear_attention"] * 2,
+            "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention"] * 2,
             "mamba_headdim": 8,
             "n_mamba_heads": 8,
         },

@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..client.proximal import proximal_term
 from ..config import FedBiOTConfig
-from ..server.capture import capture, causal_lm, run_adapter_layers, run_full_model
+from ..server.capture import capture, causal_lm, run_adapter_layers, run_full_model, wiring_of
 from ..server.lora_placement import DEFAULT_LORA, place_lora
 from ..server.split_model import SplitModel
 from ..shared.compat import storage_key
@@ -220,6 +220,7 @@ def _alignment_costs(models: SplitModel, args: FedBiOTConfig, public_examples: i
         return {}
     set_trainable_lora(adap_emu, EMULATOR)
     base, head = causal_lm(adap_emu), adap_emu.get_output_embeddings()
+    wiring_of(models, batch)  # not counted: seen once in a run
     with (
         folded_loras(adap_emu, CLIENT),
         folded_loras(models.adap_fu, CLIENT),

@@ -158,7 +158,7 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"`model` is {name}, an encoder-decoder. FedBiOT splits decoder-only causal LMs.")
     config = model.config.get_text_config()
-    num_layers = getattr(config, layer_count_name(config), -1)
+    num_layers = getattr(config, layer_count_name(config), None)
     decoder = model.get_decoder()
     decoder_name = next((path for path, module in model.named_modules() if module is decoder), "")
     inside = _outermost_lists(decoder, decoder_name, num_layers) if decoder_name else {}
@@ -175,7 +175,7 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
-def _outermost_lists(root: nn.Module, name: str, length: int) -> dict[str, nn.ModuleList]:
+def _outermost_lists(root: nn.Module, name: str, length: int | None) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for path, module in root.named_modules(prefix=name):
         nested = any(path.startswith(f"{outer}.") for outer in found)

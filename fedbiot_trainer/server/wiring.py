@@ -76,7 +76,7 @@ class Wiring:
     def replace(self, args: tuple, kwargs: dict, states: torch.Tensor) -> tuple[tuple, dict]:
         """The same arguments with other values of these, side by side in `states`."""
         widths = [width for _, width in self.carried]
-        values = states.split([states.shape[-1] - sum(widths), *widths], dim=-1)
+        values = states.split([states.shape[-1] - sum(widths), *widths], dim=-1) if widths else [states]
         others, kwargs = list(args), dict(kwargs)
         for slot, value in zip([self._hidden_slot(args), *(slot for slot, _ in self.carried)], values, strict=True):
             if isinstance(slot, int):

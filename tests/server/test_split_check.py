@@ -14,7 +14,7 @@ from fedbiot_trainer.server.wiring import Wiring
 CPU = torch.device("cpu")
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
 SEVERAL_VALUES = {
-    "bamba": ({**MAMBA, "attn_layer_indices": []}, ["in_proj"]),
+    "bamba": ({**MAMBA, "attn_layer_indices": [3]}, ["in_proj"]),
     "zaya": ({"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}, None),
     "rwkv": ({"attention_hidden_size": 32, "context_length": 64}, None),
 }
@@ -196,3 +196,14 @@ def test_projections_of_state_space_layers_are_left_out_by_default():
     explicit = SplitModel(tiny_model("mamba", state_size=4), 2, 0.5, LoraConfig(target_modules=["in_proj", "dt_proj"]))
     with pytest.raises(ValueError, match="`target_modules` has dt_proj, but MambaForCausalLM takes the weights"):
         check_split(explicit, CPU)
+
+
+def test_a_hybrid_whose_emulator_has_no_attention_is_refused():
+    # Its cache could not count tokens: no client could generate.
+    models = SplitModel(
+        tiny_model("bamba", **MAMBA, attn_layer_indices=[1]), 2, 0.5, LoraConfig(target_modules=["in_proj"])
+    )
+    with pytest.raises(
+        ValueError, match="BambaForCausalLM, whose decoder cannot run .* another `emulator_drop_ratio`"
+    ):
+        check_split(models, CPU)
