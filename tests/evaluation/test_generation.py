@@ -31,7 +31,9 @@ def seen_by(model):
 
 def test_prompts_are_gone_on_from(tokenizer):
     """Not completed after an end token that the tokenizer appends, and padded on the left."""
-    own, model = copy.deepcopy(tokenizer), tiny_model()
+    tokenizer, model = copy.deepcopy(tokenizer), tiny_model()
+    tokenizer.padding_side = "right"  # other tests' pipelines pad the shared one on the left
+    own = copy.deepcopy(tokenizer)
     own._tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     seen = seen_by(model)
     appended = complete(model, ["1+1=", "abc"], own, 2, 4, Accelerator(cpu=True))
