@@ -8,25 +8,10 @@ from typing import Any, get_args
 import yaml
 
 from ..config.checks import check_federation
-from ..config.settings import (
-    AggregationSettings,
-    AlignmentSettings,
-    EvaluationSettings,
-    FederationSettings,
-    PartitionSettings,
-    SplitSettings,
-)
+from ..config.settings import GROUPS
 from ..data.names import check_path, template_columns
 
 
-SETTINGS = (
-    EvaluationSettings,
-    PartitionSettings,
-    AlignmentSettings,
-    AggregationSettings,
-    FederationSettings,
-    SplitSettings,
-)
 SOURCES = (
     "task", "dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "prompt_template",
     "completion_template", "public_prompt_template", "public_completion_template", "max_train_samples",
@@ -46,7 +31,7 @@ def check_early(argv: list[str]):
     given = _given(argv)
     if given is None:
         return
-    kinds = {field.name: (field.type, field.default) for settings in SETTINGS for field in fields(settings)}
+    kinds = {field.name: (field.type, field.default) for settings in GROUPS for field in fields(settings)}
     values = {name: _convert(given.get(name, default), kind) for name, (kind, default) in kinds.items()}
     if values["teacher"] is None:
         values["teacher"] = "online" if values["num_adapter_layers_bottom"] > 0 else "cached"

@@ -368,3 +368,14 @@ class EvaluationSettings:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir instead of refusing it."}
     )
+
+
+# All of them, for what reads settings without the training arguments that they ride on.
+GROUPS = (
+    EvaluationSettings,
+    PartitionSettings,
+    AlignmentSettings,
+    AggregationSettings,
+    FederationSettings,
+    SplitSettings,
+)
