@@ -25,7 +25,7 @@ ONLY_WITH = {
     "server_tau": ADAPTIVE,
     "trim_fraction": ("trimmed_mean",),
     "clip_norm": ("norm_clipping",),
-    "num_byzantine": ("multi_krum",),
+    "num_byzantine": ("multi_krum", "median", "trimmed_mean", "norm_clipping"),
     "client_ranks": ("svd",),
 }
 
@@ -142,7 +142,7 @@ def _check_aggregation(config):
         raise ValueError(
             f"`max_client_share` is {config.max_client_share}, but {why}, where all clients count the same. Leave it out."
         )
-    for name in ("server_learning_rate", "server_tau", "clip_norm", "num_byzantine"):
+    for name in ("server_learning_rate", "server_tau", "clip_norm"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"`{name}` is {value}, but it must be positive. Leave it out for the rule's default.")
@@ -155,6 +155,11 @@ def _check_aggregation(config):
             f"`trim_fraction` is {config.trim_fraction}, but it is left out at each of two ends and must be in (0, 0.5)."
         )
     f = 1 if config.num_byzantine is None else config.num_byzantine
+    if f < (1 if rule == "multi_krum" else 0):
+        raise ValueError(
+            f"`num_byzantine` is {f}, but it is a number of clients"
+            + (", and 'multi_krum' leaves out at least 1." if rule == "multi_krum" else ". 0 mixes nothing.")
+        )
     if rule == "multi_krum" and config.min_train_clients < 2 * f + 3:
         raise ValueError(
             f"`min_train_clients` is {config.min_train_clients}, but `aggregation` is 'multi_krum', which needs 2 f + 3 "

@@ -143,7 +143,9 @@ class AggregationSettings:
         clip_norm (`float`, *optional*):
             Largest L2 norm of a client's change with `"norm_clipping"`. `None`: the median of the round's norms.
         num_byzantine (`int`, *optional*):
-            Clients that may send anything with `"multi_krum"`. It needs `min_train_clients` of 2 f + 3. `None`: 1.
+            Clients that may send anything (f), with `"multi_krum"`, which needs `min_train_clients` of 2 f + 3, and with
+            `"median"`, `"trimmed_mean"` and `"norm_clipping"`: before these, each update is mixed with the nearest of
+            the others, so that they see whole updates; 0 is the rule as in its source. `None`: 1.
         freeze_a (`bool`, *optional*, defaults to `False`):
             Whether the matrices A of the client LoRA stay at their start, so that the mean of the B is the mean of the
             products B A, and A never travels: half the bytes, and half the trained parameters.
@@ -186,7 +188,7 @@ class AggregationSettings:
         metadata={"help": "Largest norm of a change with norm_clipping. Default: the median of the round's norms."},
     )
     num_byzantine: int | None = field(
-        default=None, metadata={"help": "Clients that may send anything with multi_krum. Default: 1."}
+        default=None, metadata={"help": "Clients that may send anything, with a robust rule. Default: 1."}
     )
     freeze_a: bool = field(
         default=False,

@@ -326,7 +326,7 @@ def test_one_bad_update_stays_within_the_honest_ones(aggregation, factor):
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
 def test_median_formula(count):
-    result = run_round(make_rule("median"), UPDATES[:count])
+    result = run_round(make_rule("median", num_byzantine=0), UPDATES[:count])
     for key in SHAPES:
         stacked = torch.stack([u.client_lora[key].double() for u in UPDATES[:count]])
         assert torch.allclose(result.client_lora[key].double(), stacked.quantile(0.5, dim=0), atol=1e-6)
@@ -339,7 +339,7 @@ def test_median_formula(count):
 )
 def test_trimmed_mean_formula(fraction, count, trimmed):
     updates = [make_update(f"c{i:02}", seed=i) for i in range(count)]
-    result = run_round(make_rule("trimmed_mean", trim_fraction=fraction), updates)
+    result = run_round(make_rule("trimmed_mean", trim_fraction=fraction, num_byzantine=0), updates)
     assert result.metrics == {"trimmed_per_end": trimmed}
     for key in SHAPES:
         ordered = torch.stack([u.client_lora[key].double() for u in updates]).sort(0).values
@@ -356,7 +356,7 @@ def test_norm_clipping_formula(limit):
     updates = corrupted(100.0)
     norms = [change_norm(u) for u in updates]
     bound = sorted(norms)[2] if limit is None else limit
-    result = run_round(make_rule("norm_clipping", clip_norm=limit), updates)
+    result = run_round(make_rule("norm_clipping", clip_norm=limit, num_byzantine=0), updates)
     total = sum(u.num_examples for u in updates)
     for key in SHAPES:
         step = sum(
@@ -501,3 +501,48 @@ def test_a_client_that_owns_the_average_is_named(make_runner, warned):
 def test_no_warning_where_no_one_owns_it(make_runner, warned, claims, settings):
     aggregate_at_server(make_runner, claims, log_level="warning", **settings)
     assert "of the weight of" not in warned.text
+
+
+MIXING = ("median", "trimmed_mean", "norm_clipping")
+
+
+@pytest.mark.parametrize("f", [1, 2])
+@pytest.mark.parametrize("aggregation", MIXING)
+def test_mixing_formula(aggregation, f):
+    """Mixed first, then the rule as in its source, weighted only where the rule is."""
+    plain, mixing = make_rule(aggregation, num_byzantine=0), make_rule(aggregation, num_byzantine=f)
+    vectors = [torch.cat([u.client_lora[key].double().flatten() for key in SHAPES]) for u in UPDATES]
+    updates = []
+    for update, vector in zip(UPDATES, vectors, strict=True):
+        nearest = sorted(range(5), key=lambda i: (vectors[i] - vector).norm().item())[: 5 - f]
+        weights = [UPDATES[i].num_examples if aggregation == "norm_clipping" else 1 for i in nearest]
+        mean = mean_of([UPDATES[i] for i in nearest], [weight / sum(weights) for weight in weights])
+        mean = {key: tensor.float() for key, tensor in mean.items()}
+        updates.append(ClientUpdate(1, update.client, update.num_examples, {}, mean))
+    result, expected = run_round(mixing, UPDATES), run_round(plain, updates)
+    for key in SHAPES:
+        assert torch.allclose(result.client_lora[key], expected.client_lora[key], rtol=0, atol=2**-22)
+    assert result.weights == expected.weights
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
+def test_mixing_finds_the_mean_of_the_honest(aggregation):
+    """Four that go one way with noise, one that goes the other: without mixing the middle is drawn back."""
+    way = random_lora(LIKE, 0.01, 7)
+    honest = [make_update(f"c{i}", seed=i, factor=0.5) for i in range(4)]
+    for update in honest:
+        update.client_lora = {key: update.client_lora[key] + way[key] for key in SHAPES}
+    bad = make_update("c4", seed=4, factor=0.5)
+    bad.client_lora = {key: bad.client_lora[key] - way[key] for key in SHAPES}
+    mean = mean_of(honest, [0.25] * 4)
+    result = run_round(make_rule(aggregation), [*honest, bad]).client_lora
+    plain = run_round(make_rule(aggregation, num_byzantine=0), [*honest, bad]).client_lora
+    for key in SHAPES:
+        assert torch.allclose(result[key].double(), mean[key], rtol=0, atol=2**-22)
+        assert ((plain[key] - mean[key]) * way[key]).sum() < 0
+
+
+@pytest.mark.parametrize("aggregation", MIXING)
+def test_two_clients_are_not_mixed(aggregation):
+    results = [run_round(make_rule(aggregation, num_byzantine=f), UPDATES[:2]).client_lora for f in (0, 1)]
+    assert_equal(*results)

@@ -28,6 +28,7 @@ def make_aggregator(settings: AggregationSettings) -> Aggregator:
     step = _given(learning_rate=settings.server_learning_rate, momentum=settings.server_momentum)
     adaptive = step | _given(tau=settings.server_tau)
     beta2 = _given(beta2=settings.server_beta2)
+    byzantine = _given(num_byzantine=settings.num_byzantine)
     match settings.aggregation:
         case "fedavg":
             return mean
@@ -40,13 +41,13 @@ def make_aggregator(settings: AggregationSettings) -> Aggregator:
         case "fedadagrad":
             return FedAdagrad(mean, **adaptive)
         case "median":
-            return CoordinateMedian()
+            return CoordinateMedian(**byzantine)
         case "trimmed_mean":
-            return TrimmedMean(**_given(trim_fraction=settings.trim_fraction))
+            return TrimmedMean(**_given(trim_fraction=settings.trim_fraction), **byzantine)
         case "norm_clipping":
-            return NormClipping(weighting, settings.clip_norm)
+            return NormClipping(weighting, settings.clip_norm, **byzantine)
         case "multi_krum":
-            return MultiKrum(**_given(num_byzantine=settings.num_byzantine))
+            return MultiKrum(**byzantine)
         case "svd":
             return ProductAverage(weighting)
     raise ValueError(f"`aggregation` is '{settings.aggregation}', which is no rule.")

@@ -1,7 +1,8 @@
 """Multi-Krum: the mean of the updates that lie closest to others (Blanchard et al., 2017)."""
 
 from .interface import Aggregate
-from .kept_updates import KeptUpdates, changes, norm, weighted_mean
+from .kept_updates import KeptUpdates, changes, weighted_mean
+from .mixing import squared_distances
 
 
 class MultiKrum(KeptUpdates):
@@ -20,14 +21,10 @@ class MultiKrum(KeptUpdates):
     def combine(self, start, updates) -> Aggregate:
         changed = changes(start, updates)
         names = list(changed)
-        distances: dict[tuple[str, str], float] = {}
-        for i, one in enumerate(names):
-            for other in names[i + 1 :]:
-                apart = norm({key: tensor - changed[other][key] for key, tensor in changed[one].items()}) ** 2
-                distances[one, other] = distances[other, one] = apart
+        distances = squared_distances(changed)
         neighbours = max(1, len(names) - self.num_byzantine - 2)
         scores = {
-            name: sum(sorted(distances[name, other] for other in names if other != name)[:neighbours])
+            name: sum(sorted(distances[name][other] for other in names if other != name)[:neighbours])
             for name in names
         }
         selected = sorted(names, key=scores.__getitem__)[: max(1, len(names) - self.num_byzantine)]

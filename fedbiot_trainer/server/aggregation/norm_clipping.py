@@ -4,6 +4,7 @@ from statistics import median
 
 from .interface import Aggregate
 from .kept_updates import KeptUpdates, changes, norm, weighted_mean
+from .mixing import mixed
 from .weighting import Weighting
 
 
@@ -15,17 +16,19 @@ class NormClipping(KeptUpdates):
     Args:
         weighting ([`Weighting`]): Their weights.
         clip_norm (`float`, *optional*): Largest norm `c` of a whole LoRA's change. `None`: the median of the round's.
+        num_byzantine (`int`, *optional*, defaults to `1`):
+            Updates that may be anything, for the mixing before ([`mixed`]). 0 is the rule as in its source.
     """
 
-    def __init__(self, weighting: Weighting, clip_norm: float | None = None):
+    def __init__(self, weighting: Weighting, clip_norm: float | None = None, num_byzantine: int = 1):
         super().__init__()
-        self._weighting, self.clip_norm = weighting, clip_norm
+        self._weighting, self.clip_norm, self.num_byzantine = weighting, clip_norm, num_byzantine
 
     def combine(self, start, updates) -> Aggregate:
-        changed = changes(start, updates)
+        shares = self._weighting.shares(updates)
+        changed = changes(start, mixed(start, updates, self.num_byzantine, shares))
         norms = {client: norm(change) for client, change in changed.items()}
         limit = median(norms.values()) if self.clip_norm is None else self.clip_norm
-        shares = self._weighting.shares(updates)
         factors = {client: share * min(1.0, limit / (norms[client] or 1.0)) for client, share in shares.items()}
         step = weighted_mean(changed, factors, {key: tensor.double() for key, tensor in start.items()})
         lora = {key: (tensor.double() + step[key]).to(tensor.dtype) for key, tensor in start.items()}
