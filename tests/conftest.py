@@ -195,7 +195,7 @@ def make_args(tmp_path):
 
 @pytest.fixture
 def make_alignment(make_args, tokenizer, model):
-    def make(dataset=None, **changes):
+    def make(dataset=None, model=model, **changes):
         dataset = sums(40, 60) if dataset is None else dataset
         return EmulatorAlignmentTrainer(
             model, make_args(**changes), dataset, peft_config=LORA, processing_class=tokenizer

@@ -6,6 +6,7 @@ from .settings import (
     ADAPTIVE,
     AGGREGATION_WEIGHTS,
     AGGREGATIONS,
+    ALIGNMENT_INITS,
     ALL_LAYERS,
     PARTITIONS,
     TEACHERS,
@@ -54,7 +55,7 @@ def _check_ranges(config):
             f"`fraction_train` is {config.fraction_train}, but a share of clients must be in (0, 1]. "
             "1.0 trains every client in every round."
         )
-    for name in ("local_steps", "num_clients", "alignment_batch_size", "min_train_clients"):
+    for name in ("local_steps", "num_clients", "alignment_batch_size", "min_train_clients", "alignment_init_tokens"):
         if getattr(config, name) < 1:
             raise ValueError(f"`{name}` is {getattr(config, name)}, but it must be at least 1.")
     non_negative = (
@@ -105,6 +106,10 @@ def _check_split(config):
         raise ValueError(
             f"`emulator_lora_r` is {config.emulator_lora_r}, but a rank must be at least 1. Leave it out to take the "
             "client LoRA's rank."
+        )
+    if config.alignment_init not in (None, *ALIGNMENT_INITS):
+        raise ValueError(
+            f"`alignment_init` is '{config.alignment_init}', but it must be one of {', '.join(ALIGNMENT_INITS)}."
         )
     if config.teacher not in TEACHERS:
         raise ValueError(f"`teacher` is '{config.teacher}', but it must be one of {', '.join(TEACHERS)}.")

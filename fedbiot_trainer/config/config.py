@@ -80,8 +80,9 @@ class FedBiOTConfig(
 
     @property
     def aligns(self) -> bool:
-        """Whether any alignment step is taken in the run."""
-        return self.initial_alignment_steps > 0 or self.alignment_steps > 0
+        """Whether the emulator is aligned in the run."""
+        steps = self.initial_alignment_steps > 0 or self.alignment_steps > 0
+        return steps or self.alignment_init == "closed_form"
 
     def client_arguments(self) -> "FedBiOTConfig":
         """A copy for one client's local steps: `max_steps` is `local_steps`."""

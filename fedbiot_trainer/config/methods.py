@@ -54,8 +54,8 @@ class Method:
         return args
 
 
-NO_ALIGNMENT = {"initial_alignment_steps": 0, "alignment_steps": 0}
-DISTILLED_ONCE = {"proximal_weight": 0.0, "alignment_kl_weight": 0.0}
+NO_ALIGNMENT = {"initial_alignment_steps": 0, "alignment_steps": 0, "alignment_init": "zero"}
+DISTILLED_ONCE = {"proximal_weight": 0.0, "alignment_kl_weight": 0.0, "alignment_init": "zero"}
 METHODS = {
     "zero_shot": Method("the full model as it is", {"num_rounds": 0, **NO_ALIGNMENT}),
     "offsite_tuning": Method(
@@ -85,9 +85,12 @@ METHODS = {
     "fedbiot_no_proximal": Method("FedBiOT without the proximal term", {"proximal_weight": 0.0}),
     "fedbiot_align_once": Method("FedBiOT with all alignment before the first round", align_once=True),
     "fedbiot_no_kl": Method("FedBiOT aligned by hidden states alone", {"alignment_kl_weight": 0.0}),
+    "fedbiot_from_zero": Method(
+        "FedBiOT with an emulator LoRA that starts without effect", {"alignment_init": "zero"}
+    ),
 }
 
 
 COMPARISON = ("zero_shot", "offsite_tuning", "fedot", "fedbiot", "full_lora", "local_only")
-ABLATION = ("fedbiot_both_ends", "fedbiot_no_proximal", "fedbiot_align_once", "fedbiot_no_kl")
+ABLATION = ("fedbiot_both_ends", "fedbiot_no_proximal", "fedbiot_align_once", "fedbiot_no_kl", "fedbiot_from_zero")
 WITHOUT_EMULATOR = ("zero_shot", "full_lora")  # the same at every drop ratio

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 PARTITIONS = ("iid", "dirichlet", "by-column")
 TEACHERS = ("cached", "online")
+ALIGNMENT_INITS = ("closed_form", "zero")
 ALL_LAYERS = -1
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
 UNWEIGHTED = ("median", "trimmed_mean", "multi_krum")
@@ -229,6 +230,13 @@ class AlignmentSettings:
             Steps over which the emulator LoRA's learning rate rises, at the start of the initial alignment.
         alignment_batch_size (`int`, *optional*, defaults to `8`):
             Public examples per alignment step and device.
+        alignment_init (`str`, *optional*):
+            Where the emulator LoRA starts. `"closed_form"`: each kept layer takes over, by regression on the public text,
+            what the dropped ones behind it did; forward passes alone, before the first alignment step. `"zero"`: without
+            effect, as in the paper. `None` takes `"closed_form"` where the model, its precision and its processes allow
+            it, and says where they do not.
+        alignment_init_tokens (`int`, *optional*, defaults to `100000`):
+            Tokens of public text that the regression is fitted on at most.
         teacher (`str`, *optional*):
             `"cached"`: what the full model makes of the public text below the adapter layers is computed once and kept
             on disk, for this run and later ones. `"online"`: the full model runs in every alignment step. `None` takes
@@ -273,6 +281,17 @@ class AlignmentSettings:
         default=0, metadata={"help": "Steps over which it rises, at the start of the initial alignment."}
     )
     alignment_batch_size: int = field(default=8, metadata={"help": "Public examples per alignment step and device."})
+    alignment_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the emulator LoRA's start by regression on the public text (closed_form), or start without "
+            "effect (zero). Closed form by default, where it can be.",
+            "choices": list(ALIGNMENT_INITS),
+        },
+    )
+    alignment_init_tokens: int = field(
+        default=100_000, metadata={"help": "Tokens of public text that the closed form is fitted on at most."}
+    )
     teacher: str | None = field(
         default=None,
         metadata={

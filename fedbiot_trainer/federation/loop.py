@@ -143,11 +143,14 @@ class RoundLoop:
             self._tell("on_phase", 0, "evaluating the full model")
             self.evaluator.zero_shot()
         self._prepare_teacher()
-        self._tell("on_phase", 0, "initial alignment")
         seconds: dict[str, float] = {}
+        self._tell("on_phase", 0, "closed form of the emulator LoRA")
+        with timed(seconds, "closed_form_seconds"):
+            start = self.server.initialize_alignment(self._progress)
+        self._tell("on_phase", 0, "initial alignment")
         with timed(seconds, "seconds"):
             metrics = self.server.align(self.schedule.initial_alignment_steps)
-        self.initial_alignment = metrics | seconds
+        self.initial_alignment = start | metrics | seconds
         self._tell("on_initial_alignment", self.initial_alignment)
         self._tell("on_state", self._state())
 

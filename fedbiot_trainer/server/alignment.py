@@ -9,17 +9,22 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..shared.lora_layers import folded_loras
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, load_lora, set_lora_state
 from ..shared.processes import is_zero3, runnable, shards_parameters
-from ..shared.round_trainer import RoundTrainer
+from ..shared.round_trainer import RoundTrainer, StepSampler
 from ..wire.package import load_model
 from .capture import OutputHead, capture, causal_lm
+from .closed_form import AddedLinear, find_added_linears, start_in_closed_form
 from .split_check import check_split
 from .split_model import SplitModel
 from .teachers import PLACE, CachedTeacher, OnlineTeacher, OnProgress, Teacher, distances
+
+
+logger = logging.get_logger(__name__)
 
 
 class EmulatorAlignmentTrainer(RoundTrainer):
@@ -33,6 +38,9 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     What the full model makes of the public text below the adapter layers never changes. With `args.teacher="cached"` it
     is computed once, before the first step, and kept on disk for later runs; for the teacher, a step then runs the
     adapter layers alone.
+
+    The emulator LoRA does not start without effect but, where that can be computed, with what makes up for the dropped
+    layers best (`args.alignment_init`).
 
     Args:
         model (`str`, `PreTrainedModel` or [`SplitModel`]):
@@ -49,6 +57,9 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             Steps over which the learning-rate schedule runs, if there will be more of them than `train()` takes.
         **kwargs:
             As for [`~trl.SFTTrainer`], `optimizers` excepted.
+
+    Attributes:
+        initialized (`bool`): Whether the emulator LoRA has its start; set it if it comes from elsewhere.
     """
 
     lora_name = EMULATOR
@@ -91,6 +102,8 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             check_split(model, args.device, not is_zero3(self.accelerator), args.teacher == "cached")
             if args.alignment_kl_weight > 0:
                 self.head.check(model, args.device)
+        self.added_linears = self._find_added_linears()
+        self.initialized = False
         if args.teacher == "cached":
             self.teacher: Teacher = CachedTeacher(
                 model,
@@ -118,6 +131,55 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         """
         self.teacher.prepare(max(self.total_steps, self.steps_done + self.args.max_steps), on_progress)
 
+    def _find_added_linears(self) -> dict[int, AddedLinear]:
+        """Those whose LoRA can be computed; raise, or say so, if there is none."""
+        if self.args.alignment_init == "zero":
+            return {}
+        if shards_parameters(self.accelerator):
+            why = "under DeepSpeed ZeRO-3 and FSDP2 no layer can be run without the others"
+        else:
+            found = find_added_linears(self.models, self.args.device)
+            if found:
+                return found
+            why = (
+                f"in {type(causal_lm(self.models.adap_emu)).__name__} no linear with an emulator LoRA has an output that its "
+                "layer adds to its own"
+            )
+        if self.args.alignment_init == "closed_form":
+            raise ValueError(f"`alignment_init` is 'closed_form', but {why}. Leave it out, or use 'zero'.")
+        logger.warning(f"The emulator LoRA starts without effect, and is trained alone: {why}.")
+        return {}
+
+    def initialize(self, on_progress: OnProgress | None = None) -> dict[str, float]:
+        """
+        Compute the start of the emulator LoRA (`args.alignment_init`), once. [`train`] does it too.
+
+        Args:
+            on_progress (callable, *optional*): Called with the numbers of passes over a batch done and to do.
+
+        Returns:
+            `dict[str, float]`: What [`start_in_closed_form`] reports. Empty if the LoRA starts without effect.
+        """
+        if self.initialized or not self.added_linears:
+            return {}
+        self.initialized = True
+        with self.models.whole_on(self.args.device):
+            return start_in_closed_form(
+                self.models, self.added_linears, self._some_texts(), self.accelerator, on_progress or (lambda *_: None)
+            )
+
+    def _some_texts(self) -> list[dict[str, torch.Tensor]]:
+        """Padded batches of public text, of similar length within a batch, the longest first."""
+        texts, kept, tokens = self.train_dataset.select_columns("input_ids"), [], 0
+        for (row,) in StepSampler(len(texts), 1, self.args.seed, 0, len(texts)):
+            kept.append(texts[row])
+            tokens += len(kept[-1]["input_ids"])
+            if tokens >= self.args.alignment_init_tokens:
+                break
+        kept.sort(key=lambda text: -len(text["input_ids"]))
+        size = self.args.per_device_train_batch_size
+        return [self.data_collator(kept[i : i + size]) for i in range(0, len(kept), size)]
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if PLACE not in self._signature_columns:
@@ -125,6 +187,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
 
     def train(self, *args, **kwargs):
         self.prepare_teacher()
+        self.initialize()
         with self.folded_client_lora():
             return super().train(*args, **kwargs)
 

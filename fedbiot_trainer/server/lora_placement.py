@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..shared.quantized import is_linear
 from .lora_options import check_lora_options
-from .lora_targets import renamed_by_peft, usable_linears, weight_is_taken
+from .lora_targets import output_linear, renamed_by_peft, usable_linears, weight_is_taken
 from .split import LayerSplit
 
 
@@ -59,6 +59,12 @@ class LoraPlacement:
     def renamed(self, rename: Callable[[dict], dict]) -> "LoraPlacement":
         """The same in a model whose layers have other positions, e.g. with [`LayerSplit.to_emulator`]."""
         return LoraPlacement(self.config, self.layers_name, rename(self.modules))
+
+    def with_output_linears(self, model: PreTrainedModel, layers: Iterable[int]) -> "LoraPlacement":
+        """The same with the linear whose output a layer adds to its own ([`output_linear`]), of the decoder layers `layers`."""
+        names = (output_linear(model, f"{self.layers_name}.{index}") for index in layers)
+        modules = dict.fromkeys(filter(None, names), (self.config.r, self.config.lora_alpha)) | self.modules
+        return LoraPlacement(self.config, self.layers_name, modules)
 
     def peft_config(self, model: nn.Module, **changes) -> LoraConfig:
         """

@@ -41,6 +41,22 @@ def usable_linears(model: PreTrainedModel, layer_name: str) -> list[str]:
     return names
 
 
+def output_linear(model: PreTrainedModel, layer_name: str) -> str | None:
+    """
+    Full name of the linear whose output a decoder layer most likely adds to its own: of those with as many outputs as
+    the hidden states have units, the one with the most inputs, which is the MLP's last as a rule.
+    """
+    hidden_size, found = model.config.get_text_config().hidden_size, {}
+    for name in usable_linears(model, layer_name):
+        module: Any = model.get_submodule(name)
+        in_features, out_features = (
+            (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+        )
+        if out_features == hidden_size:
+            found[name] = in_features
+    return max(reversed(found), key=found.__getitem__, default=None)
+
+
 def _is_a_projection(module: nn.Module) -> bool:
     """Whether it does to shapes what a linear layer does: routers and grouped projections are subclasses that do not."""
     if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:

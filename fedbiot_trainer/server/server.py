@@ -19,6 +19,7 @@ from .aggregation import Aggregate, make_aggregator
 from .alignment import EmulatorAlignmentTrainer
 from .split_check import check_split
 from .split_model import SplitModel
+from .teachers import OnProgress
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +97,16 @@ class FederatedServer:
     @alignment_steps.setter
     def alignment_steps(self, steps: int):
         if self.trainer is not None:
-            self.trainer.steps_done = steps
+            self.trainer.steps_done, self.trainer.initialized = steps, True
+
+    def initialize_alignment(self, on_progress: OnProgress | None = None) -> dict[str, float]:
+        """Compute the emulator LoRA's start, if it is not to start without effect. Returns what came of it."""
+        if self.trainer is None:
+            return {}
+        self.install_loras()
+        metrics = self.trainer.initialize(on_progress)
+        self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
+        return metrics
 
     def align(self, num_steps: int) -> dict[str, float]:
         """

@@ -29,7 +29,7 @@ def check_split(models: SplitModel, device: torch.device, compare_full: bool = T
     """
     split, adap_emu = models.split, models.adap_emu
     name = type(causal_lm(adap_emu)).__name__
-    texts = _two_texts(adap_emu.config.get_text_config().vocab_size, device)
+    texts = two_texts(adap_emu.config.get_text_config().vocab_size, device)
     layers_name, top = split.layers_name, split.top_position
     training = adap_emu.training
     try:
@@ -86,7 +86,7 @@ def _named(name: str) -> Iterator[None]:
         ) from error
 
 
-def _two_texts(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+def two_texts(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` of 8 and 6 tokens."""
     tokens = (3 + 5 * torch.arange(16, device=device).view(2, 8)) % vocab_size
     mask = torch.ones_like(tokens)

@@ -24,6 +24,15 @@ class SplitModel:
     """
     A full model and its emulator, with the LoRAs of FedBiOT on them. All frozen tensors are shared.
 
+    Args:
+        model (`PreTrainedModel`): The full model. It is not changed.
+        num_adapter_layers (`int`), emulator_drop_ratio (`float`), num_adapter_layers_bottom (`int`): As in
+            [`SplitSettings`].
+        peft_config, emulator_peft_config ([`~peft.LoraConfig`], *optional*): The two LoRAs, the second like the first by
+            default.
+        with_output_linears (`bool`, *optional*, defaults to `False`): Whether the emulator LoRA is also on the linears for
+            which [`start_in_closed_form`] can compute it.
+
     Attributes:
         split ([`LayerSplit`]): Which layers are where.
         package_model (`PreTrainedModel`): Emulator + adapter layers without any LoRA, as clients receive it.
@@ -40,6 +49,7 @@ class SplitModel:
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
         num_adapter_layers_bottom: int = 0,
+        with_output_linears: bool = False,
     ):
         check_full_model(model)
         refuse_unsavable(model)
@@ -52,6 +62,8 @@ class SplitModel:
         placed = {CLIENT: client.renamed(self.split.to_emulator)}
         configs = [placed[CLIENT].peft_config(self.package_model), None]
         if emulator is not None:
+            if with_output_linears:
+                emulator = emulator.with_output_linears(model, self.split.kept)
             placed[EMULATOR] = emulator.renamed(self.split.to_emulator)
             # Alignment is a regression on fixed targets, and clients run the emulator LoRA frozen: no dropout in either.
             configs[1] = placed[EMULATOR].peft_config(self.package_model, lora_dropout=0.0)
@@ -106,6 +118,7 @@ class SplitModel:
         emulator_peft_config: LoraConfig | None = None,
     ) -> "SplitModel":
         """Split `model` as `args` says."""
+        own_emulator_lora = emulator_peft_config is not None
         if args.emulator_lora_r is not None:
             emulator_peft_config = with_rank(emulator_peft_config or peft_config, args.emulator_lora_r)
         return cls(
@@ -115,6 +128,8 @@ class SplitModel:
             peft_config,
             emulator_peft_config,
             args.num_adapter_layers_bottom,
+            # A LoRA that was asked for goes where it was asked for.
+            with_output_linears=args.alignment_init != "zero" and not own_emulator_lora,
         )
 
     @contextmanager
