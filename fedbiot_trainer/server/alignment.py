@@ -100,6 +100,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
                 self.train_dataset,
                 self.step_sampler,
                 self.total_steps,
+                show_bar=not self.args.disable_tqdm,
             )
             self.train_dataset = self.teacher.dataset
         else:
