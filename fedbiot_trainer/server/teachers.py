@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..config.settings import AlignmentSettings
 from ..shared.losses import hidden_state_loss, masked_kl
 from ..shared.processes import is_zero3, runnable
-from ..shared.round_trainer import StepSampler
+from ..shared.step_sampler import StepSampler
 from .capture import Captured, causal_lm, run_adapter_layers, run_full_model
 from .hidden_states import GB, HiddenStateStore, fill_store, model_digest, store_folder, texts_digest
 from .split_model import SplitModel
