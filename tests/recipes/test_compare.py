@@ -1,9 +1,14 @@
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import sums, tiny_model
 from peft import LoraConfig
 
@@ -96,6 +101,66 @@ def test_an_interrupted_cell_goes_on(compare, tmp_path):
     state.touch()
     command = compare["command"](cell, args, flags)
     assert "--resume_from_checkpoint" in command and "--overwrite_output_dir" not in command
+
+
+@pytest.fixture
+def start_comparison(tokenizer, tmp_path):
+    """Starts a real comparison of small runs. What is left of it at the end is killed."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "public", "test")}
+    for name, dataset in zip(files, (sums(0, 8), sums(8, 12), sums(20, 30), sums(30, 33)), strict=True):
+        dataset.to_json(files[name])
+    recipe = {
+        "model_name_or_path": str(tmp_path / "base"), "client_datasets": [f"{name}={files[name]}" for name in "ab"],
+        "public_dataset_name": files["public"], "eval_dataset_name": files["test"], "num_rounds": 20, "local_steps": 2,
+        "initial_alignment_steps": 2, "alignment_steps": 1, "report_to": "none", "use_cpu": True,
+        "teacher_cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    started = []
+
+    def start(folder):
+        command = [sys.executable, ROOT / "recipes" / "compare.py", "--config", tmp_path / "recipe.yaml"]
+        command += ["--output_dir", folder, "--methods", "fedbiot", "local_only", "--betas", "0.5", "--seeds", "0"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill_with_its_cell(process)
+
+
+def kill_with_its_cell(comparison):
+    """At once, as when the machine goes down. A cell is in a session of its own."""
+    if comparison.poll() is None:
+        threads = Path(f"/proc/{comparison.pid}/task").glob("*/children")
+        cells = [int(pid) for thread in threads for pid in thread.read_text().split()]
+        comparison.kill()
+        for cell in cells:
+            os.killpg(cell, signal.SIGKILL)
+        comparison.wait()
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_killed_within_its_cells_ends_as_one_that_was_not(start_comparison, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start_comparison(whole).wait(900) == 0
+    cells = "fedbiot-beta0.5-seed0", "local_only-beta0.5-seed0"
+    for cell in cells:
+        comparison, deadline = start_comparison(cut), time.monotonic() + 900
+        while not any((cut / cell).glob("**/state/*.safetensors")):
+            assert comparison.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        kill_with_its_cell(comparison)
+        assert not (cut / cell / "summary.json").exists() and not (cut / "results.json").exists()
+    assert start_comparison(cut).wait(900) == 0
+    for cell in cells:
+        assert "going on after round " in (cut / cell / "log.txt").read_text()
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
+    assert [result.pop("seconds") > 0 for result in (*one, *other)] == [True] * 4
+    assert one == other
 
 
 def test_a_cell_that_fails_stops_no_other(run_compare, tmp_path):
