@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HALF_THE_DIGITS, sums, tiny_model
+from conftest import HALF_THE_DIGITS, assert_same, rounds_of, save_files, sums, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
@@ -23,19 +23,9 @@ pytestmark = pytest.mark.trains
 WORDS = Dataset.from_dict({"prompt": ["a="], "completion": ["b"]})
 
 
-def rounds_of(runner):
-    return [json.loads(line) for line in (runner.folder.path / "rounds.jsonl").read_text().splitlines()]
-
-
 def numbers_of(runner):
     """Everything in the rounds but what differs from run to run."""
     return [{key: value for key, value in record.items() if key != "seconds"} for record in rounds_of(runner)]
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for key in one:
-        assert torch.equal(one[key], other[key]), key
 
 
 # ---- a run, whole
@@ -46,8 +36,7 @@ def run(tmp_path_factory, request):
     """One run from a model on disk, for the tests that only look."""
     tokenizer = request.getfixturevalue("tokenizer")
     folder = tmp_path_factory.mktemp("run")
-    tiny_model().save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_files(folder, tokenizer)
     args = FedBiOTConfig(
         str(folder / "out"), num_rounds=3, local_steps=4, initial_alignment_steps=5, alignment_steps=2,
         per_device_train_batch_size=4, learning_rate=1e-2, eval_metric="exact_match", report_to="tensorboard", use_cpu=True,

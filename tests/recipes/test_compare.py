@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import sums, tiny_model
+from conftest import save_files, sums
 from peft import LoraConfig
 
 from fedbiot_trainer import run_method
@@ -106,11 +106,8 @@ def test_an_interrupted_cell_goes_on(compare, tmp_path):
 @pytest.fixture
 def start_comparison(tokenizer, tmp_path):
     """Starts a real comparison of small runs. What is left of it at the end is killed."""
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_files(tmp_path, tokenizer, a=sums(0, 8), b=sums(8, 12), public=sums(20, 30), test=sums(30, 33))
     files = {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "public", "test")}
-    for name, dataset in zip(files, (sums(0, 8), sums(8, 12), sums(20, 30), sums(30, 33)), strict=True):
-        dataset.to_json(files[name])
     recipe = {
         "model_name_or_path": str(tmp_path / "base"), "client_datasets": [f"{name}={files[name]}" for name in "ab"],
         "public_dataset_name": files["public"], "eval_dataset_name": files["test"], "num_rounds": 20, "local_steps": 2,
@@ -261,8 +258,7 @@ def test_means_and_deviations(compare):
 
 @pytest.mark.parametrize("method", ["fedbiot", "fedot", "full_lora", "local_only"])
 def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_files(tmp_path, tokenizer)
     cell = compare["Cell"](method, 0.5, 0)
     summary = run_method(
         method,
@@ -287,8 +283,7 @@ def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
 
 @pytest.mark.parametrize("changes, factor", [({"gradient_accumulation_steps": 3}, 3), ({"fraction_train": 0.5}, 0.5)])
 def test_flops_are_those_of_one_client(compare, make_args, tokenizer, tmp_path, changes, factor):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_files(tmp_path, tokenizer)
     flops = []
     for seed, settings in enumerate(({}, changes)):
         cell = compare["Cell"]("fedbiot", 0.5, seed)

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ARCHITECTURES, sums, tiny_model
+from conftest import ARCHITECTURES, save_files, sums, tiny_model
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM
 
@@ -39,12 +39,10 @@ def recipe():
 def files(tmp_path, tokenizer):
     """A base model and data on disk, under a folder whose name has a dot."""
     folder = tmp_path / "data.d"
-    tiny_model().save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    for name, dataset in {"a": sums(0, 8), "b": sums(8, 12), "public": sums(20, 30), "test": sums(30, 33)}.items():
-        dataset = dataset.rename_columns({"prompt": "question", "completion": "answer"})
-        dataset.to_json(folder / f"{name}.jsonl")
-    return folder
+    datasets = {"a": sums(0, 8), "b": sums(8, 12), "public": sums(20, 30), "test": sums(30, 33)}
+    columns = {"prompt": "question", "completion": "answer"}
+    renamed = {name: dataset.rename_columns(columns) for name, dataset in datasets.items()}
+    return save_files(folder, tokenizer, **renamed)
 
 
 def run(*arguments):
