@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -106,7 +107,10 @@ def save_result(models, package, folder, base_model):
     return folder
 
 
-ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a float32 number that a few operations made, relative to it
+# What a training in float64 may end apart that is computed in two ways, where its numbers are about 0.1. They differ by
+# rounding, 1e-16, which would have to grow 1e8-fold in the training to come to this (less than 100-fold is what was seen),
+# and what one of the two leaves out is far above.
+HALF_THE_DIGITS = torch.finfo(torch.float64).eps ** 0.5
 
 
 def assert_as_exact(ours, theirs, exact):
@@ -141,6 +145,18 @@ def changed(before, model):
     return [name for name, p in model.named_parameters() if name in before and not torch.equal(before[name], p)]
 
 
+def assert_same(one, other):
+    """Two states of a LoRA or a model are the same bits under the same names."""
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+def rounds_of(runner):
+    """What a run left in `rounds.jsonl`."""
+    return [json.loads(line) for line in runner.folder.rounds.read_text().splitlines()]
+
+
 def logged(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
@@ -149,6 +165,15 @@ def sums(start, stop):
     """Prompt-completion examples `a+b=` of numbers in a range."""
     rows = [(a, b) for a in range(start, stop) for b in range(3)]
     return Dataset.from_dict({"prompt": [f"{a}+{b}=" for a, b in rows], "completion": [f"{a + b}" for a, b in rows]})
+
+
+def save_files(folder, tokenizer, **datasets):
+    """What command lines name: a model with its tokenizer in `base`, and a file for each dataset. Gives the folder."""
+    tiny_model().save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for name, dataset in datasets.items():
+        dataset.to_json(folder / f"{name}.jsonl")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import sums, tiny_model
+from conftest import save_files, sums
 
 
 ROOT = Path(__file__).parents[1]
@@ -11,14 +11,10 @@ SMALL = "num_rounds=1, local_steps=2, initial_alignment_steps=2, alignment_steps
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, request):
+def folder(tmp_path_factory, tokenizer):
     """What the README's snippets expect to find: a base model and some files."""
     folder = tmp_path_factory.mktemp("readme")
-    tiny_model().save_pretrained(folder / "base")
-    request.getfixturevalue("tokenizer").save_pretrained(folder / "base")
-    for name, dataset in {"a": sums(0, 8), "b": sums(4, 9), "public": sums(20, 30), "test": sums(9, 11)}.items():
-        dataset.to_json(folder / f"{name}.jsonl")
-    return folder
+    return save_files(folder, tokenizer, a=sums(0, 8), b=sums(4, 9), public=sums(20, 30), test=sums(9, 11))
 
 
 # Later blocks use what earlier ones wrote, as a reader would.

@@ -84,6 +84,11 @@ class FedBiOTConfig(
         steps = self.initial_alignment_steps > 0 or self.alignment_steps > 0
         return steps or self.alignment_init == "closed_form"
 
+    @property
+    def computes_start(self) -> bool:
+        """Whether the emulator LoRA's start is computed, if it can be."""
+        return self.aligns and self.alignment_init != "zero"
+
     def client_arguments(self) -> "FedBiOTConfig":
         """A copy for one client's local steps: `max_steps` is `local_steps`."""
         args = copy.copy(self)

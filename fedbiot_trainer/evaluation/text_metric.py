@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
-from ..config import FedBiOTConfig
+from ..config.settings import EvaluationSettings
 
 
 METRICS = Path(__file__).parent / "metrics"
@@ -27,7 +27,7 @@ class TextMetric:
     An `evaluate` module that compares completions of a dataset's prompts with its references.
 
     Args:
-        args ([`FedBiOTConfig`]): Names the module (`eval_metric`) and the column (`eval_reference_column`).
+        settings ([`EvaluationSettings`]): Names the module (`eval_metric`) and the column (`eval_reference_column`).
         dataset ([`~datasets.Dataset`]): Has prompts, or conversations that end with an answer, and references.
 
     Raises:
@@ -35,8 +35,8 @@ class TextMetric:
             first example.
     """
 
-    def __init__(self, args: FedBiOTConfig, dataset: Dataset | None):
-        name, column = args.eval_metric, args.eval_reference_column
+    def __init__(self, settings: EvaluationSettings, dataset: Dataset | None):
+        name, column = settings.eval_metric, settings.eval_reference_column
         if not dataset:
             raise ValueError(
                 f"`eval_metric` is '{name}', but `eval_dataset` is {'None' if dataset is None else 'empty'}, so there "

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from typing import Any
 from unittest import mock
 
 import torch
@@ -82,9 +83,9 @@ def plan(
             raise ValueError(f"`{name}` is {value}, but costs can only be counted for a number of at least {least}.")
     # Autocast does not know the meta device.
     with torch.device("meta"), _MetaRun(), mock.patch("torch.is_autocast_enabled", return_value=False):
-        full = _build(model, args)
+        full = _build(model, args.init_kwargs())
         name, dtype = type(full).__name__, str(full.dtype).removeprefix("torch.")
-        models = SplitModel.from_config(full, args, peft_config, emulator_peft_config)
+        models = SplitModel.from_config(full, args, peft_config, emulator_peft_config, args.computes_start)
         split, layers = models.split, tuple(range(models.split.num_layers))
         states = [get_lora_state(models.adap_emu, lora_name) for lora_name in (CLIENT, EMULATOR)]
         weights, package_weights = _num_bytes(full.parameters()), _num_bytes(models.package_model.parameters())
@@ -143,8 +144,7 @@ class _MetaRun(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(model: str | PretrainedConfig | PreTrainedModel, args: FedBiOTConfig) -> PreTrainedModel:
-    kwargs = args.init_kwargs()
+def _build(model: str | PretrainedConfig | PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
     config = getattr(model, "config", model)
     if isinstance(config, str):
         remote = {name: kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in kwargs}

@@ -70,6 +70,7 @@ class LocalClients:
         self.on_client: Callable[[str], None] = lambda name: None  # told who trains next
         self.clients = {client.name: client for client in clients}
         self._deadline = _Deadline(interruption)
+        self._failures: set[tuple[str, type[Exception]]] = set()  # what was logged with its traceback
         clients[0].trainer.add_callback(self._deadline)
 
     def names(self) -> list[str]:
@@ -90,12 +91,21 @@ class LocalClients:
                 # They notice together that one diverges.
                 if client.trainer.accelerator.num_processes > 1 and not isinstance(error, DivergenceError):
                     raise
-                logger.warning(f"Client '{name}' failed.", exc_info=not isinstance(error, DivergenceError))
+                self._log(name, error)
                 reply.error = f"{type(error).__name__}: {error}"
             finally:
                 self._deadline.set(None)
             reply.seconds = time.perf_counter() - started
             yield reply
+
+    def _log(self, name: str, error: Exception):
+        """Say that a client failed: with the traceback when it is the first of its kind there, in one line after that."""
+        is_new = (name, type(error)) not in self._failures
+        self._failures.add((name, type(error)))
+        first_line, *_ = f"{type(error).__name__}: {error}".splitlines()
+        # That a training diverges is no fault of the code.
+        traceback = is_new and not isinstance(error, DivergenceError)
+        logger.warning(f"Client '{name}' failed: {first_line}", exc_info=traceback)
 
 
 class _Deadline(TrainerCallback):

@@ -3,19 +3,18 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-
-from ..config import FedBiOTConfig
+from transformers import TrainingArguments
 
 
 def push_folder(
-    folder: Path, args: FedBiOTConfig, repo_id: str | None, private: bool | None, token: str | None
+    folder: Path, args: TrainingArguments, repo_id: str | None, private: bool | None, token: str | None
 ) -> str:
     """
     Upload a folder to a model repository, which is made if it is not there.
 
     Args:
         folder (`Path`): What to upload.
-        args ([`FedBiOTConfig`]): Its `hub_model_id`, `hub_private_repo` and `hub_token` stand in for what is `None`.
+        args (`TrainingArguments`): Its `hub_model_id`, `hub_private_repo` and `hub_token` stand in for what is `None`.
         repo_id (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*): As on the Hub.
 
     Returns:

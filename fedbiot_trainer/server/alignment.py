@@ -85,7 +85,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
                 given = "peft_config" if peft_config is not None else "emulator_peft_config"
                 raise ValueError(f"`{given}` was passed with a `SplitModel`, which has its LoRAs. Leave it out.")
         else:
-            model = SplitModel.from_config(model, args, peft_config, emulator_peft_config)
+            model = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.computes_start)
         if not model.split.kept:
             raise ValueError(
                 f"`num_adapter_layers` is {args.num_adapter_layers}, which takes all layers, so there is no emulator to "
@@ -113,6 +113,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
                 self.train_dataset,
                 self.step_sampler,
                 self.total_steps,
+                show_bar=not self.args.disable_tqdm,
             )
             self.train_dataset = self.teacher.dataset
         else:
@@ -133,7 +134,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
 
     def _find_added_linears(self) -> dict[int, AddedLinear]:
         """Those whose LoRA can be computed; raise, or say so, if there is none."""
-        if self.args.alignment_init == "zero":
+        if not self.args.computes_start:
             return {}
         if shards_parameters(self.accelerator):
             why = "under DeepSpeed ZeRO-3 and FSDP2 no layer can be run without the others"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import FedBiOTConfig
+from ..config.settings import AlignmentSettings
 from ..shared.lora_state import CLIENT, EMULATOR, LoraState, get_lora_state, save_lora, set_lora_state, traveling
 from ..shared.processes import is_sharded
 from ..shared.tokenizers import prepare_tokenizer
@@ -59,7 +60,7 @@ class FederatedServer:
     ):
         self.args = args
         self.processing_class = prepare_tokenizer(processing_class, args)
-        self.models = SplitModel.from_config(model, args, peft_config, emulator_peft_config)
+        self.models = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.computes_start)
         self.models.align_tokens(self.processing_class, args)
         self.client_lora = get_lora_state(self.models.adap_emu, CLIENT)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
@@ -222,11 +223,11 @@ def check_client_ranks(ranks: Mapping[str, int], config: LoraConfig):
             )
 
 
-def check_public_dataset(public_dataset: Dataset | None, args: FedBiOTConfig):
-    """Raise `ValueError` if there is no text for the alignment that `args` ask for."""
+def check_public_dataset(public_dataset: Dataset | None, settings: AlignmentSettings):
+    """Raise `ValueError` if there is no text for the alignment that `settings` ask for."""
     if public_dataset is None or len(public_dataset) == 0:
         raise ValueError(
             f"`public_dataset` is {'None' if public_dataset is None else 'empty'}, but the emulator is aligned on public "
-            f"text (`initial_alignment_steps` is {args.initial_alignment_steps}, `alignment_steps` is "
-            f"{args.alignment_steps}). Pass public text, or set both to 0."
+            f"text (`initial_alignment_steps` is {settings.initial_alignment_steps}, `alignment_steps` is "
+            f"{settings.alignment_steps}). Pass public text, or set both to 0."
         )

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
-from ..config import FedBiOTConfig
+from ..config.settings import SplitSettings
 from ..shared.lora_layers import fuse_loras
 from ..shared.lora_state import CLIENT, EMULATOR, LoraState, add_loras, get_lora_state, set_lora_state
 from ..shared.quantized import num_weights, refuse_unsavable
@@ -104,7 +105,7 @@ class SplitModel:
         else:
             self.adap_fu.to(device)
 
-    def align_tokens(self, tokenizer: PreTrainedTokenizerBase, args: FedBiOTConfig):
+    def align_tokens(self, tokenizer: PreTrainedTokenizerBase, args: SFTConfig):
         """Let the configurations of all three models name the end token that `args` ask for."""
         for model in (self.package_model, self.adap_emu, self.adap_fu):
             align_model(model, tokenizer, args)
@@ -113,23 +114,23 @@ class SplitModel:
     def from_config(
         cls,
         model: PreTrainedModel,
-        args: FedBiOTConfig,
+        settings: SplitSettings,
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
+        with_output_linears: bool = False,
     ) -> "SplitModel":
-        """Split `model` as `args` says."""
-        own_emulator_lora = emulator_peft_config is not None
-        if args.emulator_lora_r is not None:
-            emulator_peft_config = with_rank(emulator_peft_config or peft_config, args.emulator_lora_r)
+        """Split `model` as `settings` say. An emulator LoRA that is given goes where it says, and nowhere else."""
+        with_output_linears = with_output_linears and emulator_peft_config is None
+        if settings.emulator_lora_r is not None:
+            emulator_peft_config = with_rank(emulator_peft_config or peft_config, settings.emulator_lora_r)
         return cls(
             model,
-            args.num_adapter_layers,
-            args.emulator_drop_ratio,
+            settings.num_adapter_layers,
+            settings.emulator_drop_ratio,
             peft_config,
             emulator_peft_config,
-            args.num_adapter_layers_bottom,
-            # A LoRA that was asked for goes where it was asked for.
-            with_output_linears=args.alignment_init != "zero" and not own_emulator_lora,
+            settings.num_adapter_layers_bottom,
+            with_output_linears,
         )
 
     @contextmanager

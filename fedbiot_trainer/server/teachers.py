@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..config import FedBiOTConfig
+from ..config.settings import AlignmentSettings
 from ..shared.losses import hidden_state_loss, masked_kl
 from ..shared.processes import is_zero3, runnable
-from ..shared.round_trainer import StepSampler
+from ..shared.step_sampler import StepSampler
 from .capture import Captured, causal_lm, run_adapter_layers, run_full_model
 from .hidden_states import GB, HiddenStateStore, fill_store, model_digest, store_folder, texts_digest
 from .split_model import SplitModel
@@ -94,33 +94,35 @@ class CachedTeacher:
 
     Args:
         models ([`SplitModel`]): The models.
-        args ([`FedBiOTConfig`]): Where the store is, how large it may be, and in what batches it is filled.
-        accelerator (`Accelerator`): Tells processes and precision.
+        settings ([`AlignmentSettings`]): Where the store is, how large it may be, and in what batches it is filled.
+        accelerator (`Accelerator`): Tells processes, device and precision.
         collate (callable): Makes padded batches of tokenized texts.
         texts ([`~datasets.Dataset`]): The tokenized public text.
         steps (callable): The batches of all processes in a range of alignment steps.
         num_steps (`int`): Alignment steps of the whole run.
+        show_bar (`bool`, *optional*, defaults to `True`): Whether there is a progress bar where nobody else shows it.
 
     Attributes:
         dataset ([`~datasets.Dataset`]): The text to train on: `texts`, each with its place in the store.
         store ([`HiddenStateStore`], *optional*): The store, once it is filled.
 
     Raises:
-        ValueError: If the store would be larger than `args.teacher_cache_max_gb`.
+        ValueError: If the store would be larger than `teacher_cache_max_gb`.
     """
 
     def __init__(
         self,
         models: SplitModel,
-        args: FedBiOTConfig,
+        settings: AlignmentSettings,
         accelerator: Accelerator,
         collate: Collator,
         texts: Dataset,
         steps: Callable[[int, int], StepSampler],
         num_steps: int,
+        show_bar: bool = True,
     ):
-        self.models, self.args, self.accelerator = models, args, accelerator
-        self._pad, self._steps = collate, steps
+        self.models, self.settings, self.accelerator = models, settings, accelerator
+        self._pad, self._steps, self._shows_bar = collate, steps, show_bar
         self.store: HiddenStateStore | None = None
         self._dtype = models.adap_emu.get_input_embeddings().weight.dtype
         self._hidden_size = causal_lm(models.adap_emu).config.get_text_config().hidden_size
@@ -138,9 +140,9 @@ class CachedTeacher:
 
     def _check_size(self, num_needed: int):
         num_bytes = HiddenStateStore(None, self._lengths, self._width, self._dtype).num_bytes(num_needed)
-        if num_bytes > self.args.teacher_cache_max_gb * GB:
+        if num_bytes > self.settings.teacher_cache_max_gb * GB:
             raise ValueError(
-                f"`teacher_cache_max_gb` is {self.args.teacher_cache_max_gb}, but the hidden states of {num_needed} "
+                f"`teacher_cache_max_gb` is {self.settings.teacher_cache_max_gb}, but the hidden states of {num_needed} "
                 f"public texts ({num_bytes // (self._width * self._dtype.itemsize)} tokens x {self._width} x "
                 f"{self._dtype}, in whole files) take {num_bytes / GB:.2g} GB. Raise it, pass less public text, "
                 "or set `teacher='online'`."
@@ -162,15 +164,15 @@ class CachedTeacher:
             return
         store = HiddenStateStore(self._folder(), self._lengths, self._width, self._dtype)
         if self.accelerator.is_local_main_process:
-            store.make_room(num_texts, self.args.teacher_cache_max_gb * GB)
-        bar = tqdm(desc="Hidden states of the public text", disable=self.args.disable_tqdm or on_progress is not None)
+            store.make_room(num_texts, self.settings.teacher_cache_max_gb * GB)
+        bar = tqdm(desc="Hidden states of the public text", disable=on_progress is not None or not self._shows_bar)
 
         def show(done, total):
             bar.total = total
             bar.update(done - bar.n)
 
-        with bar, self.models.whole_on(self.args.device), runnable(self.models.adap_fu, self.accelerator):
-            batch_size = self.args.alignment_batch_size
+        with bar, self.models.whole_on(self.accelerator.device), runnable(self.models.adap_fu, self.accelerator):
+            batch_size = self.settings.alignment_batch_size
             fill_store(store, num_texts, self._compute, batch_size, self.accelerator, on_progress or show)
         self.store = store
 
@@ -178,7 +180,7 @@ class CachedTeacher:
         """Named by all that enters the computation."""
         full = causal_lm(self.models.adap_fu)
         return store_folder(
-            self.args.teacher_cache_dir,
+            self.settings.teacher_cache_dir,
             model=model_digest(full),
             architecture=f"{type(full).__module__}.{type(full).__qualname__}",
             attention=full.config._attn_implementation,
@@ -193,7 +195,7 @@ class CachedTeacher:
     def _compute(self, rows: list[int]) -> torch.Tensor:
         """What enters the full model's adapter layers for texts of the store, one after the other."""
         batch = self._pad([self._texts[row] for row in rows])
-        text = {name: batch[name].to(self.args.device) for name in ("input_ids", "attention_mask")}
+        text = {name: batch[name].to(self.accelerator.device) for name in ("input_ids", "attention_mask")}
         with self.accelerator.autocast():
             return run_full_model(self.models, text).states[text["attention_mask"].bool()]
 
@@ -212,7 +214,7 @@ class CachedTeacher:
         with self.accelerator.autocast():
             if STATES not in inputs:
                 return run_full_model(self.models, text)
-            if self.args.alignment_kl_weight == 0:
+            if self.settings.alignment_kl_weight == 0:
                 seen = Captured()
                 seen.entering = inputs[STATES][..., : self._hidden_size]
                 return seen

@@ -1,20 +1,15 @@
 """Clients that fail, are late, or are not there."""
 
-import json
 import time
 
 import pytest
 import torch
-from conftest import sums
+from conftest import rounds_of, sums
 
 from fedbiot_trainer.federation.participation import Participation
 
 
 DATA = {f"c{i}": sums(2 * i, 2 * i + 3) for i in range(4)}
-
-
-def rounds_of(runner):
-    return [json.loads(line) for line in runner.folder.rounds.read_text().splitlines()]
 
 
 def failing(client, times):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import device_run
 import pytest
-from conftest import tiny_model
+from conftest import save_files
 
 
 pytestmark = pytest.mark.trains
@@ -25,8 +25,7 @@ def results(tmp_path_factory, tokenizer):
         pytest.skip("no C++ compiler to build the device with")
     pytest.importorskip("ninja")
     folder = tmp_path_factory.mktemp("runs")
-    tiny_model().save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_files(folder, tokenizer)
     command = [sys.executable, HERE.parent / "simulated_device.py", HERE / "device_run.py"]
     command += [folder / "base", folder / "device"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sums, tiny_model
+from conftest import save_files, sums
 from safetensors.torch import load_file
 
 
@@ -23,11 +23,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("files")
-    tiny_model().save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    for name, dataset in {"a": sums(0, 8), "b": sums(8, 12), "public": sums(20, 30)}.items():
-        dataset.to_json(folder / f"{name}.jsonl")
-    return folder
+    return save_files(folder, tokenizer, a=sums(0, 8), b=sums(8, 12), public=sums(20, 30))
 
 
 def run(files, folder, batch_sizes, config=None):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import sums, tiny_model
+from conftest import save_files, sums
 
 from fedbiot_trainer.federation.interruption import Interruption, RunInterrupted
 
@@ -32,10 +32,7 @@ LAUNCHERS = {
 @pytest.fixture
 def start(tmp_path, tokenizer):
     """Start the recipe with so many rounds that it does not end by itself."""
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    for name, dataset in {"a": sums(0, 8), "public": sums(20, 30)}.items():
-        dataset.to_json(tmp_path / f"{name}.jsonl")
+    save_files(tmp_path, tokenizer, a=sums(0, 8), public=sums(20, 30))
     processes = []
 
     def run(launcher):

@@ -123,6 +123,13 @@ def test_what_cannot_work(run, method, changes, message):
         run(method, **changes)
 
 
+def test_clients_alone_are_refused_under_deepspeed(make_args):
+    args = make_args()
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="`method` is 'local_only', .* DeepSpeed for one run only"):
+        run_method("local_only", tiny_model(), args, DATA)
+
+
 def test_methods_without_an_emulator_do_not_depend_on_the_drop_ratio(run):
     for method in WITHOUT_EMULATOR:
         results = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_lora, sums, tiny_model
+from conftest import assert_same, random_lora, sums, tiny_model
 from peft import LoraConfig
 
 from fedbiot_trainer import ClientSFTTrainer, ClientUpdate, EmulatorPackage, FederatedClient, RoundStart
@@ -12,12 +12,6 @@ from fedbiot_trainer.shared.lora_state import arrived, get_lora_state, is_a, set
 
 THREE = {"north": sums(0, 8), "south": sums(8, 12), "west": sums(12, 20)}
 RANKS = {"client_ranks": ["south=1", "west=3"], "aggregation": "svd"}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for key in one:
-        assert torch.equal(one[key], other[key]), key
 
 
 def watched(runner):

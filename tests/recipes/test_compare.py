@@ -1,10 +1,15 @@
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import sums, tiny_model
+import yaml
+from conftest import save_files, sums
 from peft import LoraConfig
 
 from fedbiot_trainer import run_method
@@ -96,6 +101,63 @@ def test_an_interrupted_cell_goes_on(compare, tmp_path):
     state.touch()
     command = compare["command"](cell, args, flags)
     assert "--resume_from_checkpoint" in command and "--overwrite_output_dir" not in command
+
+
+@pytest.fixture
+def start_comparison(tokenizer, tmp_path):
+    """Starts a real comparison of small runs. What is left of it at the end is killed."""
+    save_files(tmp_path, tokenizer, a=sums(0, 8), b=sums(8, 12), public=sums(20, 30), test=sums(30, 33))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "public", "test")}
+    recipe = {
+        "model_name_or_path": str(tmp_path / "base"), "client_datasets": [f"{name}={files[name]}" for name in "ab"],
+        "public_dataset_name": files["public"], "eval_dataset_name": files["test"], "num_rounds": 20, "local_steps": 2,
+        "initial_alignment_steps": 2, "alignment_steps": 1, "report_to": "none", "use_cpu": True,
+        "teacher_cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    started = []
+
+    def start(folder):
+        command = [sys.executable, ROOT / "recipes" / "compare.py", "--config", tmp_path / "recipe.yaml"]
+        command += ["--output_dir", folder, "--methods", "fedbiot", "local_only", "--betas", "0.5", "--seeds", "0"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill_with_its_cell(process)
+
+
+def kill_with_its_cell(comparison):
+    """At once, as when the machine goes down. A cell is in a session of its own."""
+    if comparison.poll() is None:
+        threads = Path(f"/proc/{comparison.pid}/task").glob("*/children")
+        cells = [int(pid) for thread in threads for pid in thread.read_text().split()]
+        comparison.kill()
+        for cell in cells:
+            os.killpg(cell, signal.SIGKILL)
+        comparison.wait()
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_killed_within_its_cells_ends_as_one_that_was_not(start_comparison, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start_comparison(whole).wait(900) == 0
+    cells = "fedbiot-beta0.5-seed0", "local_only-beta0.5-seed0"
+    for cell in cells:
+        comparison, deadline = start_comparison(cut), time.monotonic() + 900
+        while not any((cut / cell).glob("**/state/*.safetensors")):
+            assert comparison.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        kill_with_its_cell(comparison)
+        assert not (cut / cell / "summary.json").exists() and not (cut / "results.json").exists()
+    assert start_comparison(cut).wait(900) == 0
+    for cell in cells:
+        assert "going on after round " in (cut / cell / "log.txt").read_text()
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
+    assert [result.pop("seconds") > 0 for result in (*one, *other)] == [True] * 4
+    assert one == other
 
 
 def test_a_cell_that_fails_stops_no_other(run_compare, tmp_path):
@@ -196,8 +258,7 @@ def test_means_and_deviations(compare):
 
 @pytest.mark.parametrize("method", ["fedbiot", "fedot", "full_lora", "local_only"])
 def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_files(tmp_path, tokenizer)
     cell = compare["Cell"](method, 0.5, 0)
     summary = run_method(
         method,
@@ -222,8 +283,7 @@ def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
 
 @pytest.mark.parametrize("changes, factor", [({"gradient_accumulation_steps": 3}, 3), ({"fraction_train": 0.5}, 0.5)])
 def test_flops_are_those_of_one_client(compare, make_args, tokenizer, tmp_path, changes, factor):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_files(tmp_path, tokenizer)
     flops = []
     for seed, settings in enumerate(({}, changes)):
         cell = compare["Cell"]("fedbiot", 0.5, seed)

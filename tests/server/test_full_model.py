@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import HALF_THE_DIGITS, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig
 
@@ -105,13 +105,17 @@ def test_model_without_a_number_of_layers():
 
 
 def test_rwkv_that_has_been_evaluated():
-    model = tiny_model("rwkv", attention_hidden_size=32, context_length=64)
+    model = tiny_model("rwkv", attention_hidden_size=32, context_length=64, dtype=torch.float64)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     emulator = drop_layers(model, choose_split(model, 2, 0.0))
+    # The model scales its weights and hidden states, which changes only what an epsilon is next to a variance.
+    for norm in (*model.modules(), *emulator.modules()):
+        if isinstance(norm, torch.nn.LayerNorm):
+            norm.eps = 0.0
     ids = torch.arange(3, 9)[None]
     logits = emulator(input_ids=ids).logits
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
-    assert torch.allclose(model(input_ids=ids).logits, logits, atol=1e-4)  # scales its weights
+    assert torch.allclose(model(input_ids=ids).logits, logits, rtol=0, atol=HALF_THE_DIGITS)
     with pytest.raises(ValueError, match="RwkvForCausalLM, which has been evaluated, and scales its weights in place"):
         drop_layers(model, choose_split(model, 2, 0.5))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sums, tiny_model
+from conftest import save_files, sums
 
 from fedbiot_trainer import DivergenceError
 from fedbiot_trainer.shared.round_trainer import RoundTrainer
@@ -89,8 +89,7 @@ def test_first_step_points_at_the_model(make_runner, monkeypatch):
 @pytest.mark.trains
 def test_processes_notice_together(tokenizer, tmp_path):
     """One process sees the loss, both leave the client out, and neither waits for the other."""
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_files(tmp_path, tokenizer)
     config = Path(__file__).parents[2] / "accelerate_configs" / "cpu" / "ddp.yaml"
     launcher = [
         sys.executable,

@@ -79,3 +79,17 @@ class AdaptiveServerOptimizer(ServerOptimizer):
     def second_moment(self, before: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
         """`v_t` of `v_{t-1}` and `d_t^2`."""
         raise NotImplementedError
+
+
+class DecayingServerOptimizer(AdaptiveServerOptimizer):
+    """
+    An adaptive rule that forgets the changes of rounds long ago.
+
+    Args:
+        beta2 (`float`, *optional*, defaults to `0.99`): How long squared changes count.
+        *args, **kwargs: As for [`AdaptiveServerOptimizer`].
+    """
+
+    def __init__(self, *args, beta2: float = 0.99, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.beta2 = beta2
