@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
@@ -31,6 +32,7 @@ from ..output.tables import result_lines, result_table, split_table
 from ..output.trackers import Trackers
 from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
+from ..shared.precision import warn_of_slow_bf16
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.texts import check_chat_template, check_texts
@@ -98,11 +100,9 @@ class FederatedRunner:
         emulator_peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        for name in args.without_effect():
-            logger.warning(
-                f"`{name}` is {getattr(args, name)}, which has no effect: a run counts `num_rounds` rounds of "
-                "`local_steps` steps, evaluates every `eval_rounds` rounds and saves after each."
-            )
+        without_effect = args.without_effect()
+        if without_effect:
+            logger.warning("\n".join(without_effect.values()))
         self.args = args
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config.name_or_path)
         if not args.resume_from_checkpoint:
@@ -140,6 +140,7 @@ class FederatedRunner:
                 check_chat_template(dataset, name, processing_class, args.dataset_text_field)
             if isinstance(model, str):
                 model = load_model(model, **init_kwargs)
+            warn_of_slow_bf16(args.device, args.bf16 or model.dtype == torch.bfloat16)
             inner_args = args.quiet()
             self.server = FederatedServer(
                 model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
@@ -158,7 +159,7 @@ class FederatedRunner:
             self.evaluator = None
             if eval_dataset is not None:
                 self.evaluator = Evaluator(self.server.models, self.trainer, eval_sets, text_metrics)
-        self.console = Console()
+        self.console = Console(force_terminal=False if args.disable_tqdm else None)
         self.interruption = Interruption()
         for trainer in filter(None, (self.trainer, self.server.trainer)):
             trainer.remove_callback(PrinterCallback)

@@ -74,7 +74,7 @@ def test_yaml_is_understood(path, tmp_path):
     script_args, training_args, model_args = cli.make_parser().parse_args_and_config(["--config", str(path), *flags])
     assert isinstance(training_args, FedBiOTConfig)
     assert model_args.lora_r > 0
-    assert training_args.without_effect() == []
+    assert training_args.without_effect() == {}
     assert path.read_text().startswith("# Hardware:")
     assert script_args.task or script_args.public_dataset_name
 
