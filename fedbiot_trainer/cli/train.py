@@ -33,6 +33,7 @@ from ..federation.interruption import RunInterrupted, end_with_launcher
 from ..federation.methods import run_method
 from ..server.server import check_public_dataset
 from .early import check_sources
+from .help import TrainParser
 from .plan import plan_tables
 
 
@@ -49,6 +50,14 @@ class FederatedScriptArguments(ScriptArguments):
     gives each client its own.
     """
 
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Private training set, split among clients as partition says."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration on the Hub, of client_datasets and eval_dataset_name as well."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of it that clients train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of it that is held out."})
     task: str | None = field(
         default=None, metadata={"help": "Embedded task that brings its own data and model.", "choices": ["demo"]}
     )
@@ -223,7 +232,7 @@ def print_plan(
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((FederatedScriptArguments, FedBiOTConfig, ModelConfig))
+    return TrainParser(FederatedScriptArguments, (__doc__ or "").strip())
 
 
 def main(argv: list[str] | None = None):

@@ -60,6 +60,9 @@ class FedBiOTConfig(
         default="constant", metadata={"help": "Learning-rate schedule of a client, over all its rounds."}
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW, for clients and alignment."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision of bfloat16. Default: where there is a GPU that has it."}
+    )
     save_strategy: str = field(
         default="no", metadata={"help": "A run saves its LoRAs after each round, and no checkpoints."}
     )

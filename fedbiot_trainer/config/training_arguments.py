@@ -105,7 +105,9 @@ TREATMENTS: dict[str, Used | Refused | NoEffect] = {
     "logging_steps": NoEffect(LOGGED, anyway=(1,)),
     "logging_first_step": NoEffect(LOGGED, anyway=(True,)),
     "logging_nan_inf_filter": NoEffect("a loss that is not finite leaves its client out of the round"),
-    "include_num_input_tokens_seen": NoEffect("`summary.json` has the numbers of examples and their mean lengths"),
+    "include_num_input_tokens_seen": NoEffect(
+        "`summary.json` has the numbers of examples and their mean lengths", anyway=(False,)
+    ),
     "skip_memory_metrics": NoEffect("memory is not measured; `fedbiot plan` counts what a client needs"),
     "log_level": Used("the whole process"),
     "log_level_replica": Used("the whole process"),

@@ -186,14 +186,6 @@ def test_demo_stands_in_where_nothing_is_named(recipe):
         assert recipe.with_default_config(named) == named
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit):
-        cli.make_parser().parse_args_and_config(["--help"])
-    text = capsys.readouterr().out
-    assert "--emulator_drop_ratio" in text
-    assert "--public_dataset_name" in text
-
-
 def test_demo_from_end_to_end(tmp_path):
     """The embedded demo, with few steps: no network, no files of the user's."""
     flags = "--num_rounds 1 --local_steps 2 --initial_alignment_steps 2 --alignment_steps 1 --eval_max_new_tokens 2"
