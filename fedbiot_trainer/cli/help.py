@@ -17,9 +17,9 @@ USAGE = "%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]"
 # Script arguments of TRL's that are refused or about debugging, and what is settled of the LoRA.
 OF_NO_USE = ("dataset_streaming", "ignore_bias_buffers", "use_peft", "lora_task_type")
 OTHERS = """\
-TRL's training arguments. Of those that are not here, a run refuses what it has
-no place for and names in a warning what it does not need: docs/settings.md of
-the repository has a table of all.\
+TRL's training arguments. Of those that are not here, a run refuses what it
+has no place for and names in a warning what it does not need: a table of all
+is in docs/settings.md of the repository.\
 """
 
 

@@ -78,7 +78,10 @@ class FedBiOTConfig(
         if self.teacher is None:
             self.teacher = "online" if self.num_adapter_layers_bottom > 0 else "cached"
         check_config(self, self._changed)
+        # Transformers would ask for checkpoints as often as evaluations; the best round's LoRAs are in the state.
+        keeps_best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
+        self.load_best_model_at_end = keeps_best
         check_batches(self.accelerator_config)
 
     def _changed_arguments(self) -> dict[str, Any]:

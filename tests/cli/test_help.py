@@ -6,6 +6,7 @@ from trl import SFTConfig
 from fedbiot_trainer.cli.train import make_parser
 from fedbiot_trainer.config.settings import GROUPS, heading
 from fedbiot_trainer.config.training_arguments import TREATMENTS, Used
+from fedbiot_trainer.shared.selection import Selection
 
 
 HEADINGS = [
@@ -52,6 +53,17 @@ def test_flags_that_are_not_shown_are_taken(tmp_path):
     flags = ["--task", "demo", "--output_dir", str(tmp_path), "--save-steps", "7", "--use_cpu", "true"]
     _, args, _ = make_parser().parse_args_and_config(flags)
     assert list(args.without_effect()) == ["save_steps"]
+
+
+def test_best_round_from_the_command_line(tmp_path):
+    flags = (
+        "--load_best_model_at_end true --metric_for_best_model adap_emu_loss --task demo --use_cpu true --output_dir"
+    )
+    _, args, _ = make_parser().parse_args_and_config([*flags.split(), str(tmp_path)])
+    assert args.load_best_model_at_end and Selection.of(args) == Selection(
+        "eval_adap_emu_loss", greater_is_better=False
+    )
+    assert args.without_effect() == {}
 
 
 def test_wrong_flag_is_told_without_all_the_others(capsys):
