@@ -142,7 +142,8 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
             for name, dataset in pairs
         ]
     else:
-        train = read_dataset(script_args.dataset_name, config, split)
+        name = script_args.dataset_name or ""  # it is there, or `client_datasets` are
+        train = read_dataset(name, config, split)
         column = None if args.partition == "iid" else args.partition_column
         if script_args.partition_values is not None:
             if column is None:
@@ -153,13 +154,13 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
             train = keep_values(train, column, script_args.partition_values)
         if script_args.eval_fraction is not None:
             train, heldout = hold_out(train, script_args.eval_fraction, column, seed)
-        elif eval_name is None and has_splits(script_args.dataset_name):
-            eval_name = script_args.dataset_name
-        loaded["train_dataset"] = to_examples(train, private, limit, seed, script_args.dataset_name)
+        elif eval_name is None and has_splits(name):
+            eval_name = name
+        loaded["train_dataset"] = to_examples(train, private, limit, seed, name)
     if eval_name is not None:
         heldout = read_dataset(eval_name, config, script_args.dataset_test_split)
     if heldout is not None:
-        source = eval_name or script_args.dataset_name
+        source = eval_name or script_args.dataset_name or ""
         loaded["eval_dataset"] = to_examples(heldout, private, script_args.max_eval_samples, seed, source)
     if script_args.public_dataset_name is not None:
         name = script_args.public_dataset_name

@@ -262,7 +262,9 @@ class RoundLoop:
                 record.drift_l2, record.drift_kl = drift["drift_l2"], drift["drift_kl"]
 
     def _keep_best(self, record: RoundRecord):
-        value = None if self.selection is None else record.scores().get(self.selection.metric)
+        if self.selection is None:
+            return
+        value = record.scores().get(self.selection.metric)
         if value is not None and self.selection.improves(value, self.best.metric if self.best else None):
             loras = self.server.client_lora, self.server.emulator_lora
             copies = ({key: tensor.clone() for key, tensor in lora.items()} for lora in loras)

@@ -1,5 +1,6 @@
 """What follows a run: its state and files on disk, its progress on the screen, its scalars to trackers."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class WarnOfNoGain(Observer):
 
     def __init__(self, records: Sequence[RoundRecord]):
         self.worse_than_zero_shot = self.worse_than_best = 0
-        self.best: RoundRecord | None = None
+        self.best_round, self.best_loss = 0, math.inf
         self.warned = False
         for record in records:
             self._count(record)
@@ -84,8 +85,8 @@ class WarnOfNoGain(Observer):
         if loss is None:
             return
         self.worse_than_zero_shot = self.worse_than_zero_shot + 1 if loss > record.zero_shot_loss else 0
-        if self.best is None or loss <= self.best.adap_fu_loss:
-            self.best, self.worse_than_best = record, 0
+        if loss <= self.best_loss:
+            self.best_round, self.best_loss, self.worse_than_best = record.server_round, loss, 0
         else:
             self.worse_than_best += 1
 
@@ -96,7 +97,7 @@ class WarnOfNoGain(Observer):
         if self.worse_than_zero_shot >= PATIENCE:
             than = f"the full model's without it ({record.zero_shot_loss:.4f})"
         elif self.worse_than_best >= PATIENCE:
-            than = f"after round {self.best.server_round} ({self.best.adap_fu_loss:.4f})"
+            than = f"after round {self.best_round} ({self.best_loss:.4f})"
         else:
             return
         self.warned = True
