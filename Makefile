@@ -1,8 +1,8 @@
-.PHONY: install demo test test-fast test-slow test-lm-eval architectures quality style clean
+.PHONY: install demo test test-fast test-slow test-lm-eval architectures settings quality style clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := fedbiot_trainer recipes benchmarks tests setup.py
+SOURCES := fedbiot_trainer recipes benchmarks tests docs setup.py
 
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -45,6 +45,10 @@ test-lm-eval:
 # docs/architectures.md
 architectures: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/architectures.py
+
+# docs/settings.md
+settings: install
+	$(BIN)/python docs/settings.py
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

@@ -33,6 +33,7 @@ from ..federation.interruption import RunInterrupted, end_with_launcher
 from ..federation.methods import run_method
 from ..server.server import check_public_dataset
 from .early import check_sources
+from .help import TrainParser
 from .plan import plan_tables
 
 
@@ -49,6 +50,14 @@ class FederatedScriptArguments(ScriptArguments):
     gives each client its own.
     """
 
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Private training set, split among clients as partition says."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration on the Hub, of client_datasets and eval_dataset_name as well."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of it that clients train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of it that is held out."})
     task: str | None = field(
         default=None, metadata={"help": "Embedded task that brings its own data and model.", "choices": ["demo"]}
     )
@@ -133,7 +142,8 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
             for name, dataset in pairs
         ]
     else:
-        train = read_dataset(script_args.dataset_name, config, split)
+        name = script_args.dataset_name or ""  # it is there, or `client_datasets` are
+        train = read_dataset(name, config, split)
         column = None if args.partition == "iid" else args.partition_column
         if script_args.partition_values is not None:
             if column is None:
@@ -144,13 +154,13 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
             train = keep_values(train, column, script_args.partition_values)
         if script_args.eval_fraction is not None:
             train, heldout = hold_out(train, script_args.eval_fraction, column, seed)
-        elif eval_name is None and has_splits(script_args.dataset_name):
-            eval_name = script_args.dataset_name
-        loaded["train_dataset"] = to_examples(train, private, limit, seed, script_args.dataset_name)
+        elif eval_name is None and has_splits(name):
+            eval_name = name
+        loaded["train_dataset"] = to_examples(train, private, limit, seed, name)
     if eval_name is not None:
         heldout = read_dataset(eval_name, config, script_args.dataset_test_split)
     if heldout is not None:
-        source = eval_name or script_args.dataset_name
+        source = eval_name or script_args.dataset_name or ""
         loaded["eval_dataset"] = to_examples(heldout, private, script_args.max_eval_samples, seed, source)
     if script_args.public_dataset_name is not None:
         name = script_args.public_dataset_name
@@ -223,7 +233,7 @@ def print_plan(
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((FederatedScriptArguments, FedBiOTConfig, ModelConfig))
+    return TrainParser(FederatedScriptArguments, (__doc__ or "").strip())
 
 
 def main(argv: list[str] | None = None):

@@ -1,5 +1,6 @@
 """What a configuration cannot be, found before any work starts."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .settings import (
@@ -12,6 +13,7 @@ from .settings import (
     TEACHERS,
     UNWEIGHTED,
 )
+from .training_arguments import refusals
 
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 
 NEED_KWARGS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+NOT_IN_ROUNDS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")  # beginnings of names of optimizers
 ONLY_WITH = {
     "server_learning_rate": ("fedavgm", *ADAPTIVE),
     "server_momentum": ("fedavgm", *ADAPTIVE),
@@ -31,14 +34,16 @@ ONLY_WITH = {
 }
 
 
-def check_config(config: "FedBiOTConfig"):
+def check_config(config: "FedBiOTConfig", changed: Mapping[str, Any]):
     """
-    Check the settings of a federated run.
+    Check the settings of a federated run, of which `changed` are the fields of [`~trl.SFTConfig`] that were set.
 
     Raises:
         ValueError: If one of them cannot work, or not with another. The message names it and says what would work.
     """
     check_federation(config)
+    for problem in refusals(changed):
+        raise ValueError(problem)
     _check_training_arguments(config)
 
 
@@ -190,12 +195,8 @@ def _check_client_ranks(config):
 
 def _check_training_arguments(config):
     from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
 
-    if config.max_steps > 0:
-        raise ValueError(
-            f"`max_steps` is {config.max_steps}, but a federated run counts `num_rounds` rounds of `local_steps` "
-            "steps per client. Set those two instead."
-        )
     for name in ("lr_scheduler_type", "alignment_lr_scheduler_type"):
         schedule = SchedulerType(getattr(config, name))
         if schedule in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
@@ -209,18 +210,20 @@ def _check_training_arguments(config):
             f"`alignment_lr_scheduler_type` is '{schedule.value}', which needs `lr_scheduler_kwargs`, and those are the "
             "clients'. Use 'constant', 'linear' or 'cosine'."
         )
-    if config.train_sampling_strategy != "random":
+    optimizer = OptimizerNames(config.optim).value
+    if optimizer.startswith(NOT_IN_ROUNDS):
         raise ValueError(
-            f"`train_sampling_strategy` is '{config.train_sampling_strategy}', but rounds continue one another in a "
-            "random order of the data, and no other is implemented. Use 'random'."
+            f"`optim` is '{optimizer}', which needs whole matrices, a step within the backward pass or one long training, but "
+            "LoRAs train in rounds, each with a fresh optimizer. Use 'adamw_torch_fused', 'sgd' or 'adafactor'."
         )
-    if config.auto_find_batch_size:
-        raise ValueError(
-            "`auto_find_batch_size` is True, but it would change the batch size within a run and with it which "
-            "examples a client has seen. Set `per_device_train_batch_size`."
-        )
-    if config.neftune_noise_alpha is not None:
-        raise ValueError(
-            f"`neftune_noise_alpha` is {config.neftune_noise_alpha}, but NEFTune trains through noisy embeddings, "
-            "which lie in the frozen emulator. Leave it out."
-        )
+
+
+def check_batches(config: Any):
+    """Raise `ValueError` if an `AcceleratorConfig` says how batches are dealt to processes."""
+    default = type(config)()
+    for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"):
+        if getattr(config, name) != getattr(default, name):
+            raise ValueError(
+                f"`accelerator_config` has `{name}` {getattr(config, name)}, but a run deals the batches to its processes "
+                "itself, so that rounds continue one another. Leave it out."
+            )

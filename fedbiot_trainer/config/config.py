@@ -1,13 +1,15 @@
 """Every knob of a federated run, on top of TRL's `SFTConfig`."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import SchedulerType
 from trl import SFTConfig
 
-from .checks import check_config
+from . import training_arguments
+from .checks import check_batches, check_config
 from .settings import (
     AggregationSettings,
     AlignmentSettings,
@@ -44,7 +46,7 @@ class FedBiOTConfig(
     > `adam_beta2` 0.95 (all as in the paper's code), `gradient_checkpointing` `False` (nothing below the adapter layers
     > keeps activations for a client's backward pass), `save_strategy` `"no"` (a run saves its LoRAs after each round; a
     > checkpoint would land in the package that clients get), and `bf16` follows what the machine has. `warmup_steps` and
-    > `lr_scheduler_type` span all rounds of a client, not one round.
+    > `lr_scheduler_type` span all rounds of a client, not one round, and `"constant"` has a warmup if one is set.
     """
 
     learning_rate: float = field(
@@ -58,6 +60,9 @@ class FedBiOTConfig(
         default="constant", metadata={"help": "Learning-rate schedule of a client, over all its rounds."}
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW, for clients and alignment."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision of bfloat16. Default: where there is a GPU that has it."}
+    )
     save_strategy: str = field(
         default="no", metadata={"help": "A run saves its LoRAs after each round, and no checkpoints."}
     )
@@ -67,12 +72,27 @@ class FedBiOTConfig(
     )
 
     def __post_init__(self):
+        self._changed = self._changed_arguments()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.teacher is None:
             self.teacher = "online" if self.num_adapter_layers_bottom > 0 else "cached"
-        check_config(self)
+        check_config(self, self._changed)
+        # Transformers would ask for checkpoints as often as evaluations; the best round's LoRAs are in the state.
+        keeps_best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
+        self.load_best_model_at_end = keeps_best
+        check_batches(self.accelerator_config)
+
+    def _changed_arguments(self) -> dict[str, Any]:
+        """The fields of [`~trl.SFTConfig`] that differ from their defaults: before it resolves them, those that were set."""
+        changed = {}
+        for inherited in fields(SFTConfig):
+            own = type(self).__dataclass_fields__[inherited.name]
+            default = own.default if own.default_factory is MISSING else own.default_factory()
+            if getattr(self, own.name) != default:
+                changed[own.name] = getattr(self, own.name)
+        return changed
 
     def init_kwargs(self) -> dict:
         """What a model given by name is loaded with."""
@@ -111,17 +131,17 @@ class FedBiOTConfig(
         args.packing, args.padding_free = False, False
         return args
 
-    def without_effect(self) -> list[str]:
-        """Settings of a single training that were changed although a [`FederatedRunner`] does not read them."""
-        names = ("num_train_epochs", "eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end")
-        return [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+    def without_effect(self) -> dict[str, str]:
+        """The fields of [`~trl.SFTConfig`] that were set although a [`FederatedRunner`] does not read them, each
+        with what to say of it."""
+        return training_arguments.without_effect(self._changed)
 
     def quiet(self) -> "FedBiOTConfig":
         """A copy for a trainer inside a [`FederatedRunner`]: the runner logs, saves and reports, the trainer does not."""
         args = copy.copy(self)
         args.report_to = []
         args.disable_tqdm = True
-        args.push_to_hub = False
+        args.push_to_hub = args.load_best_model_at_end = args.eval_on_start = args.enable_jit_checkpoint = False
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             setattr(args, name, type(getattr(args, name))("no"))
         return args

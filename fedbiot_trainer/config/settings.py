@@ -400,3 +400,8 @@ GROUPS = (
     FederationSettings,
     SplitSettings,
 )
+
+
+def heading(group: type) -> str:
+    """What a group of settings is about: the first sentence of its docstring."""
+    return " ".join((group.__doc__ or "").split()).partition(".")[0]

@@ -11,11 +11,12 @@ from ..server.capture import OutputHead, capture, causal_lm, run_full_model
 from ..server.split_model import SplitModel
 from ..server.teachers import distances
 from ..shared.processes import deal, runnable, shards_parameters
+from ..shared.records import LOSS_METRICS
 from ..shared.round_trainer import RoundTrainer
 from ..shared.texts import trained_tokens
 from ..shared.tokenizers import prompt_tokens
 from .passes import batches_by_length, complete, evaluate_loss
-from .text_metric import LOSS_METRICS, TextMetric
+from .text_metric import TextMetric
 
 
 class Evaluator:

@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from ..config.settings import EvaluationSettings
+from ..shared.records import LOSS_METRICS
 
 
 METRICS = Path(__file__).parent / "metrics"
 SHIPPED = ("exact_match", "gsm8k_accuracy", "pass_at_k")
-LOSS_METRICS = {"loss", "token_accuracy"}
 # Where a function that a prompt has begun ends: before the first line that is neither indented nor a closing bracket.
 END_OF_FUNCTION = re.compile(r"\n(?=[^\s)\]}])")
 

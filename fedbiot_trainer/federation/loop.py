@@ -9,11 +9,12 @@ from typing import Any
 from ..evaluation.evaluator import Evaluator
 from ..server.server import FederatedServer
 from ..shared.records import RoundRecord
+from ..shared.selection import Selection
 from ..wire.messages import PayloadError
 from .interruption import Interruption, RunInterrupted
 from .participation import Participation
 from .pool import ClientPool, Reply
-from .state import FederationState
+from .state import BestRound, FederationState
 
 
 MAX_VOID_ROUNDS = 3  # in a row, with too few answers; more of them and something is wrong with all clients
@@ -91,6 +92,7 @@ class RoundLoop:
         observers (sequence of [`Observer`], *optional*): Told what happens, in this order.
         evaluator ([`Evaluator`], *optional*): Measures AdapEmu and AdapFu.
         settings (`dict`, *optional*): Kept in each state, to compare with when a run is resumed.
+        selection ([`Selection`], *optional*): Which round is `best`, whose LoRAs are to be kept.
     """
 
     server: FederatedServer
@@ -101,6 +103,8 @@ class RoundLoop:
     observers: Sequence[Observer] = ()
     evaluator: Evaluator | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    selection: Selection | None = None
+    best: BestRound | None = field(default=None, init=False)
     records: list[RoundRecord] = field(default_factory=list, init=False)
     initial_alignment: dict[str, float] = field(default_factory=dict, init=False)
     _open: RoundRecord | None = field(default=None, init=False)
@@ -168,6 +172,7 @@ class RoundLoop:
             self._close_round(record)
         # An interruption here finds the round closed, and a resumed run begins with its evaluation.
         self._evaluate(record)
+        self._keep_best(record)
         self.records.append(record)
         self._open = None
         self._tell("on_state", self._state())
@@ -259,6 +264,15 @@ class RoundLoop:
                 drift = self.evaluator.drift()
                 record.drift_l2, record.drift_kl = drift["drift_l2"], drift["drift_kl"]
 
+    def _keep_best(self, record: RoundRecord):
+        if self.selection is None:
+            return
+        value = record.scores().get(self.selection.metric)
+        if value is not None and self.selection.improves(value, self.best.metric if self.best else None):
+            loras = self.server.client_lora, self.server.emulator_lora
+            copies = ({key: tensor.clone() for key, tensor in lora.items()} for lora in loras)
+            self.best = BestRound(record.server_round, value, *copies)
+
     def _check_answers(self):
         last = self.records[-MAX_VOID_ROUNDS:]
         if len(last) == MAX_VOID_ROUNDS and not any(record.counted for record in last):
@@ -283,6 +297,7 @@ class RoundLoop:
             zero_shot=self.evaluator.zero_shot() if self.evaluator is not None else None,
             records=self.records,
             open_round=self._open,
+            best=self.best,
         )
 
     def _restore(self, state: FederationState):
@@ -290,7 +305,7 @@ class RoundLoop:
         server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
         server.alignment_steps, server.client_steps = state.alignment_steps, dict(state.client_steps)
         self.records, self.initial_alignment = list(state.records), state.initial_alignment
-        self._open = state.open_round
+        self._open, self.best = state.open_round, state.best
         if self._open is not None:
             server.begin_round(received=self._open.client_losses)
         server.aggregator.load_state_dict(state.aggregator)

@@ -81,6 +81,7 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:
     summary = replace(
         next(iter(summaries.values())),
         **means,
+        best_round=None,
         num_examples={name: s.num_examples[name] for name, s in summaries.items()},
         clients={name: {key: getattr(s, key) for key in ROWS} for name, s in summaries.items()},
     )

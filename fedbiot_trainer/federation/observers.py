@@ -1,6 +1,10 @@
 """What follows a run: its state and files on disk, its progress on the screen, its scalars to trackers."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+
+from transformers.utils import logging
 
 from ..output.progress import RunProgress
 from ..output.run_folder import RunFolder
@@ -10,6 +14,16 @@ from ..shared.processes import is_main_process
 from ..shared.records import RoundRecord
 from .loop import Observer
 from .state import FederationState
+
+
+logger = logging.get_logger(__name__)
+
+PATIENCE = 3  # evaluated rounds
+ADVICE = (
+    "Try fewer `local_steps` in more rounds, a lower `learning_rate`, public text that is nearer to the clients', or "
+    "`load_best_model_at_end=True`, which ends with the best round; of a result that is there, a smaller `lora_alpha` in "
+    "client_lora/adapter_config.json plugs in less."
+)
 
 
 class KeepState(Observer):
@@ -49,6 +63,48 @@ class WriteFiles(Observer):
         if is_main_process():
             self.server.package().save_loras(self.folder.package)
             self.server.save_client_lora(self.folder.client_lora, self.folder.model_name)
+
+
+class WarnOfNoGain(Observer):
+    """
+    Warns once if AdapFu's loss is worse than zero-shot's, or than in its best round, in several evaluated rounds in a row.
+
+    Args:
+        records (sequence of [`RoundRecord`]): Rounds before a resume.
+    """
+
+    def __init__(self, records: Sequence[RoundRecord]):
+        self.worse_than_zero_shot = self.worse_than_best = 0
+        self.best_round, self.best_loss = 0, math.inf
+        self.warned = False
+        for record in records:
+            self._count(record)
+
+    def _count(self, record):
+        loss = record.adap_fu_loss
+        if loss is None:
+            return
+        self.worse_than_zero_shot = self.worse_than_zero_shot + 1 if loss > record.zero_shot_loss else 0
+        if loss <= self.best_loss:
+            self.best_round, self.best_loss, self.worse_than_best = record.server_round, loss, 0
+        else:
+            self.worse_than_best += 1
+
+    def on_round_end(self, record: RoundRecord):
+        self._count(record)
+        if self.warned or not is_main_process() or record.adap_fu_loss is None:
+            return
+        if self.worse_than_zero_shot >= PATIENCE:
+            than = f"the full model's without it ({record.zero_shot_loss:.4f})"
+        elif self.worse_than_best >= PATIENCE:
+            than = f"after round {self.best_round} ({self.best_loss:.4f})"
+        else:
+            return
+        self.warned = True
+        logger.warning(
+            f"AdapFu's loss on held-out text ({record.adap_fu_loss:.4f}) has been worse than {than} for {PATIENCE} evaluated "
+            f"rounds in a row. {ADVICE}"
+        )
 
 
 class CallCallbacks(Observer):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
@@ -31,14 +32,16 @@ from ..output.tables import result_lines, result_table, split_table
 from ..output.trackers import Trackers
 from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
+from ..shared.precision import warn_of_slow_bf16
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
+from ..shared.selection import choose_selection
 from ..shared.texts import check_chat_template, check_texts
 from ..shared.tokenizers import prepare_tokenizer
 from ..wire.package import load_model
 from .interruption import Interruption
 from .loop import RoundLoop, Schedule
-from .observers import CallCallbacks, KeepState, ShowProgress, WriteFiles
+from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles
 from .participation import Participation
 from .pool import LocalClients
 from .resume import check_settings, find_state, run_settings
@@ -98,11 +101,9 @@ class FederatedRunner:
         emulator_peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        for name in args.without_effect():
-            logger.warning(
-                f"`{name}` is {getattr(args, name)}, which has no effect: a run counts `num_rounds` rounds of "
-                "`local_steps` steps, evaluates every `eval_rounds` rounds and saves after each."
-            )
+        without_effect = args.without_effect()
+        if without_effect:
+            logger.warning("\n".join(without_effect.values()))
         self.args = args
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config.name_or_path)
         if not args.resume_from_checkpoint:
@@ -122,6 +123,7 @@ class FederatedRunner:
         eval_sets, text_metrics = name_eval_sets(eval_dataset), {}
         if args.eval_metric is not None:
             text_metrics = {name: TextMetric(args, dataset) for name, dataset in (eval_sets or {"": None}).items()}
+        self.selection = choose_selection(args, eval_sets, callbacks or [])
         texts = name_texts(eval_sets, public_dataset if args.aligns else None)
         for name, dataset in texts.items():
             check_texts(dataset, name, args.dataset_text_field)
@@ -140,6 +142,7 @@ class FederatedRunner:
                 check_chat_template(dataset, name, processing_class, args.dataset_text_field)
             if isinstance(model, str):
                 model = load_model(model, **init_kwargs)
+            warn_of_slow_bf16(args.device, args.bf16 or model.dtype == torch.bfloat16)
             inner_args = args.quiet()
             self.server = FederatedServer(
                 model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
@@ -158,7 +161,7 @@ class FederatedRunner:
             self.evaluator = None
             if eval_dataset is not None:
                 self.evaluator = Evaluator(self.server.models, self.trainer, eval_sets, text_metrics)
-        self.console = Console()
+        self.console = Console(force_terminal=False if args.disable_tqdm else None)
         self.interruption = Interruption()
         for trainer in filter(None, (self.trainer, self.server.trainer)):
             trainer.remove_callback(PrinterCallback)
@@ -233,7 +236,7 @@ class FederatedRunner:
             self.trackers.at_round(state.server_round)
         parameters, bytes_once = self._write_package()
         progress = self._progress(state)
-        loop = self._loop(progress)
+        loop = self._loop(progress, state)
         with (
             progress,
             reported(progress, self.trainer, "sft_loss"),
@@ -242,17 +245,23 @@ class FederatedRunner:
             if state is not None:
                 progress.line(f"going on after round {state.server_round}")
             self.trackers.tell("on_train_begin")
+            self.trackers.go_on(state.records if state is not None else [])
             try:
                 loop.run(state)
             finally:
                 self.records = loop.records
                 self.save_model()
+            if loop.best is not None:
+                server.client_lora, server.emulator_lora = loop.best.client_lora, loop.best.emulator_lora
             progress.phase(loop.server_round, "evaluating")
             results = self.evaluate()
             # Shown with the last round.
             shown = self.evaluator.loss_metrics if self.evaluator and loop.server_round > 0 else set()
             scores = {who: values.keys() - shown for who, values in results.items()}
-            self.trackers.log({f"{who}_{name}": results[who][name] for who, names in scores.items() for name in names})
+            self.trackers.report_end(
+                {f"eval_{who}_{name}": results[who][name] for who, names in scores.items() for name in names},
+                {f"eval_{who}_{name}": value for who, values in results.items() for name, value in values.items()},
+            )
 
         seconds = time.perf_counter() - started
         summary = self.summary = summarize(
@@ -265,6 +274,7 @@ class FederatedRunner:
             bytes_once,
             seconds,
             loop.initial_alignment,
+            None if loop.best is None else loop.best.server_round,
         )
         self.save_model()
         self.trackers.tell("on_train_end")
@@ -300,8 +310,10 @@ class FederatedRunner:
         self.pool.on_client = progress.client
         return progress
 
-    def _loop(self, progress: RunProgress) -> RoundLoop:
-        args = self.args
+    def _loop(self, progress: RunProgress, state: FederationState | None) -> RoundLoop:
+        args, guards = self.args, []
+        if not args.load_best_model_at_end:
+            guards.append(WarnOfNoGain(state.records if state is not None else []))
         keep = max(2, args.save_total_limit or 2)  # one to fall back on
         return RoundLoop(
             self.server,
@@ -314,9 +326,11 @@ class FederatedRunner:
                 WriteFiles(self.folder, self.server),
                 ShowProgress(progress),
                 CallCallbacks(self.trackers),
+                *guards,
             ],
             evaluator=self.evaluator,
             settings=self.settings,
+            selection=self.selection if args.load_best_model_at_end else None,
         )
 
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -24,6 +24,23 @@ TENSOR = "$tensor"  # stands for a tensor in JSON, with its name in the file
 
 
 @dataclass
+class BestRound:
+    """
+    The best of the rounds that were evaluated.
+
+    Attributes:
+        server_round (`int`): The round.
+        metric (`float`): What it is the best by.
+        client_lora, emulator_lora (`dict[str, torch.Tensor]`): The LoRAs as they were after it.
+    """
+
+    server_round: int
+    metric: float
+    client_lora: LoraState = field(repr=False)
+    emulator_lora: LoraState = field(repr=False)
+
+
+@dataclass
 class FederationState:
     """
     All that a run needs to go on. Clients keep nothing, so this is the server's.
@@ -39,6 +56,7 @@ class FederationState:
         zero_shot (`dict[str, float]`, *optional*): Scores of the full model without any LoRA.
         records (`list[RoundRecord]`): Rounds that have ended.
         open_round ([`RoundRecord`], *optional*): The round that was going on, with the answers that had come.
+        best ([`BestRound`], *optional*): The best round, in a run that ends with it.
     """
 
     server_round: int
@@ -52,6 +70,7 @@ class FederationState:
     zero_shot: Scores | None = None
     records: list[RoundRecord] = field(default_factory=list, repr=False)
     open_round: RoundRecord | None = None
+    best: BestRound | None = field(default=None, repr=False)
 
     def save(self, folder: Path, keep: int) -> Path:
         """
@@ -70,6 +89,7 @@ class FederationState:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("records", "open_round")}
         values["last_record"] = asdict(self.records[-1]) if self.records else None
         values["open_round"] = asdict(self.open_round) if self.open_round else None
+        values["best"] = vars(self.best) if self.best else None
         tensors: dict[str, torch.Tensor] = {}
         text = json.dumps({"schema_version": SCHEMA_VERSION, **_take_out(values, "", tensors)}, sort_keys=True)
         answers = len(self.open_round.answered) if self.open_round else 0
@@ -108,9 +128,13 @@ class FederationState:
                 f"The state '{file}' has schema version {version}, this library reads {SCHEMA_VERSION}. Install the "
                 "version of fedbiot-trainer that wrote it."
             )
-        last, opened = values.pop("last_record"), values.pop("open_round")
-        records = [RoundRecord(**last)] if last else []
-        return cls(**values, records=records, open_round=RoundRecord(**opened) if opened else None)
+        last, opened, best = values.pop("last_record"), values.pop("open_round"), values.pop("best", None)
+        return cls(
+            **values,
+            records=[RoundRecord(**last)] if last else [],
+            open_round=RoundRecord(**opened) if opened else None,
+            best=BestRound(**best) if best else None,
+        )
 
     @classmethod
     def load_newest(cls, folder: Path) -> "FederationState | None":

@@ -24,6 +24,7 @@ def summarize(
     bytes_once: int,
     seconds: float,
     initial_alignment: dict[str, float],
+    best_round: int | None,
 ) -> RunSummary:
     """
     The content of `summary.json`.
@@ -36,6 +37,7 @@ def summarize(
         parameters ([`ParameterCounts`]), bytes_once (`int`): Sizes.
         seconds (`float`): Wall time.
         initial_alignment (`dict[str, float]`): What came of it.
+        best_round (`int`, *optional*): The round whose LoRAs are the result, if that is not the last one.
     """
     public = [server.trainer.train_dataset] if server.trainer is not None else []
     phases = sorted({phase for record in records for phase in record.seconds})
@@ -66,4 +68,5 @@ def summarize(
         settings=json.loads(json.dumps(args.to_dict(), default=str)),
         peft_config=json.loads(json.dumps(server.models.adap_fu.peft_config[CLIENT].to_dict(), default=list)),
         versions=library_versions(),
+        best_round=best_round,
     )

@@ -15,6 +15,7 @@ def push_folder(
     Args:
         folder (`Path`): What to upload.
         args (`TrainingArguments`): Its `hub_model_id`, `hub_private_repo` and `hub_token` stand in for what is `None`.
+            To the branch `hub_revision`, which is made if it is not there.
         repo_id (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*): As on the Hub.
 
     Returns:
@@ -29,4 +30,6 @@ def push_folder(
     api = HfApi(token=token or args.hub_token)
     private = args.hub_private_repo if private is None else private
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+    if args.hub_revision is not None:
+        api.create_branch(repo_id, branch=args.hub_revision, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=args.hub_revision))

@@ -1,29 +1,38 @@
 """Trackers (`report_to`) and a user's callbacks, which see a round as one step of a trainer."""
 
+import copy
 from collections.abc import Sequence
 
-from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
+from ..config import FedBiOTConfig
 from ..shared.records import RoundRecord
+from ..shared.selection import Selection
 
 
 class Trackers:
     """
-    Calls callbacks as a trainer does. `state.global_step` is the round.
+    Calls callbacks as a trainer does. `state.global_step` is the round, and `state.best_metric` and
+    `state.best_global_step` tell the best one of those that were evaluated.
 
     Args:
-        args (`TrainingArguments`): Names the trackers.
+        args ([`FedBiOTConfig`]): Names the trackers, and the metric of the best round. Callbacks see a copy in which
+            rounds are evaluated steps, as they are.
         num_rounds (`int`): Rounds of the run.
         callbacks (sequence of `TrainerCallback`): A user's own.
         model, processing_class: What callbacks get under these names.
     """
 
     def __init__(
-        self, args: TrainingArguments, num_rounds: int, callbacks: Sequence[TrainerCallback], model, processing_class
+        self, args: FedBiOTConfig, num_rounds: int, callbacks: Sequence[TrainerCallback], model, processing_class
     ):
-        self.args = args
+        self.selection = Selection.of(args)
+        self.args = args = copy.copy(args)
+        args.metric_for_best_model, args.greater_is_better = self.selection.metric, self.selection.greater_is_better
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, max(1, args.eval_rounds or num_rounds)
         self.state = TrainerState(
             max_steps=num_rounds,
             is_world_process_zero=args.process_index == 0,
@@ -62,22 +71,35 @@ class Trackers:
         ):
             logs |= {f"{name}/{key}": value for key, value in values.items()}
         logs |= {"clients/refused": len(record.refused), "clients/failed": len(record.failed)}
-        scores = (
-            "zero_shot_loss",
-            "adap_emu_loss",
-            "adap_fu_loss",
-            "adap_emu_token_accuracy",
-            "adap_fu_token_accuracy",
-        )
-        by_set = {f"{who}_{name}": value for who, found in record.evaluations.items() for name, value in found.items()}
-        self.log({name: getattr(record, name) for name in scores} | by_set, **logs)
+        scores = record.scores()
+        self._log({key: value for key, value in logs.items() if value is not None} | scores)
+        if scores:
+            self.tell("on_evaluate", scores)
+            self._compare(scores)
 
-    def log(self, evaluated: dict[str, float | None], **logs: float | None):
-        """Log scalars; those in `evaluated` as results of an evaluation."""
-        metrics = {f"eval_{key}": value for key, value in evaluated.items() if value is not None}
-        scalars = {key: value for key, value in logs.items() if value is not None} | metrics
+    def report_end(self, new: dict[str, float], results: dict[str, float]):
+        """Give the final results to callbacks, and to trackers those of them that are new."""
+        if new:
+            self._log(new)
+            self.tell("on_evaluate", results)
+
+    def _log(self, scalars: dict[str, float]):
         if scalars:
             self.state.log_history.append({**scalars, "step": self.state.global_step})
             self.tell("on_log", scalars)
-        if metrics:
-            self.tell("on_evaluate", metrics)
+
+    def _compare(self, scores: dict[str, float]):
+        value = scores.get(self.selection.metric)
+        if value is not None and self.selection.improves(value, self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+
+    def go_on(self, records: Sequence[RoundRecord]):
+        """Be where the run was after these rounds. Callbacks that keep a state, as for early stopping, are told of them."""
+        for record in records:
+            self.at_round(record.server_round)
+            scores = record.scores()
+            for callback in self.handler.callbacks if scores else ():
+                if isinstance(callback, ExportableState):
+                    callback.on_evaluate(self.args, self.state, self.control, metrics=scores)
+            if scores:
+                self._compare(scores)

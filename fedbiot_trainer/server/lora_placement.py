@@ -219,13 +219,18 @@ def _refuse_names_of_nothing(config: LoraConfig, argument: str, model: PreTraine
     entries += [("exclude_modules", name, _reader([name])) for name in _entries(excluded)]
     if isinstance(excluded, str):
         entries.append(("exclude_modules", excluded, _reader(excluded)))
+    nothing: dict[str, list[str]] = {}
     for field, entry, reads in entries:
         if not any(map(reads, every if field == "exclude_modules" else linear)):
-            inside = sorted({_layer_and_name(name, split.layers_name)[1] for name in linear})
-            raise ValueError(
-                f"`{field}` has '{entry}' in `{argument}`, which matches no linear layer of {type(model).__name__} in "
-                f"the decoder layers {layers}, which are kept. There are: {', '.join(inside)}."
-            )
+            nothing.setdefault(field, []).append(f"'{entry}'")
+    if nothing:
+        inside = sorted({_layer_and_name(name, split.layers_name)[1] for name in linear})
+        named = "; ".join(f"`{field}` has {', '.join(names)}" for field, names in nothing.items())
+        matches = "which matches" if sum(map(len, nothing.values())) == 1 else "which match"
+        raise ValueError(
+            f"{named} in `{argument}`, {matches} no linear layer of {type(model).__name__} in the decoder layers {layers}, "
+            f"which are kept. There are: {', '.join(inside)}."
+        )
 
 
 def _is_meant(pattern: str, name: str) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 
 Scores = dict[str, float]
+SCORED = ("zero_shot", "adap_emu", "adap_fu")
+LOSS_METRICS = ("loss", "token_accuracy")  # what is measured without generating
 
 
 @dataclass
@@ -95,6 +97,14 @@ class RoundRecord:
         """Clients that are done with this round, well or not."""
         return {*self.client_losses, *self.refused, *self.failed}
 
+    def scores(self) -> dict[str, float]:
+        """What was measured on held-out text, as trackers name it (`eval_adap_fu_loss`). Empty without an evaluation."""
+        if self.adap_fu_loss is None:
+            return {}
+        values = {f"{who}_{name}": getattr(self, f"{who}_{name}", None) for who in SCORED for name in LOSS_METRICS}
+        values |= {f"{who}_{name}": value for who, found in self.evaluations.items() for name, value in found.items()}
+        return {f"eval_{name}": value for name, value in values.items() if value is not None}
+
     def to_json(self) -> str:
         """One line of `rounds.jsonl`, without the line break."""
         return json.dumps(asdict(self))
@@ -125,6 +135,7 @@ class RunSummary:
         initial_alignment (`dict[str, float]`): Last metrics and seconds of the alignment before the first round.
         settings, peft_config, versions (`dict`): What the run was made with.
         clients (`dict`, *optional*): Scores of each client's own run, where clients train alone.
+        best_round (`int`, *optional*): The round that the result is of, with `load_best_model_at_end`. `None`: the last.
     """
 
     split: SplitRecord
@@ -144,6 +155,7 @@ class RunSummary:
     adap_emu: Scores | None = None
     adap_fu: Scores | None = None
     clients: dict[str, dict[str, Scores]] | None = None
+    best_round: int | None = None
 
     def write(self, file: Path):
         """Write it as JSON."""

@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, get_scheduler, set_seed
+from transformers import AutoTokenizer, SchedulerType, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available, logging
 from trl import SFTTrainer
 
@@ -257,16 +257,21 @@ class RoundTrainer(SFTTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
         )
         # The sampler gives each process its own batches; there is nothing left to distribute.
         return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
+            kind, warmup_steps = self.args.lr_scheduler_type, self.args.get_warmup_steps(self.total_steps)
+            if kind == SchedulerType.CONSTANT and warmup_steps > 0:  # Transformers would leave the warmup out
+                kind = SchedulerType.CONSTANT_WITH_WARMUP
             scheduler = get_scheduler(
-                self.args.lr_scheduler_type,
+                kind,
                 optimizer=optimizer or self.optimizer,
-                num_warmup_steps=self.args.get_warmup_steps(self.total_steps),
+                num_warmup_steps=warmup_steps,
                 num_training_steps=self.total_steps,
                 scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )

@@ -2,7 +2,7 @@
 Launched by test_distributed.py in several processes: a run of a tiny model with a callback that watches it.
 
 `--watch memory` prints the resident memory of the main process after every round, `--watch fail` lets the last process
-fail in the second round.
+fail in the second round, `--watch patience` ends the run after two rounds without a gain, of which none has one.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fedbiot_trainer import FedBiOTConfig, FederatedRunner
 
@@ -33,7 +33,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--watch", choices=["memory", "fail"], required=True)
+    parser.add_argument("--watch", choices=["memory", "fail", "patience"], required=True)
     parser.add_argument("--num_rounds", type=int, default=3)
     options = parser.parse_args()
     args = FedBiOTConfig(
@@ -47,6 +47,7 @@ def main():
         teacher_cache_dir=f"{options.folder}/cache",
         report_to="none",
         use_cpu=True,
+        **({"learning_rate": 0.0, "load_best_model_at_end": True} if options.watch == "patience" else {}),
     )
     texts = [f"{i}+{i}={2 * i}" for i in range(40)]
     runner = FederatedRunner(
@@ -55,7 +56,8 @@ def main():
         {"north": Dataset.from_dict({"text": texts[:10]}), "south": Dataset.from_dict({"text": texts[10:20]})},
         public_dataset=Dataset.from_dict({"text": texts[20:]}),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
-        callbacks=[Watch(options.watch)],
+        eval_dataset=Dataset.from_dict({"text": texts[5:9]}) if options.watch == "patience" else None,
+        callbacks=[Watch(options.watch), *([EarlyStoppingCallback(2)] if options.watch == "patience" else [])],
     )
     runner.train()
 

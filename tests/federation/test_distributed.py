@@ -202,6 +202,24 @@ def test_failing_process_ends_the_run(files, tmp_path):
     assert len((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()) >= 1  # nothing that was computed is lost
 
 
+def test_processes_stop_early_together(files, tmp_path):
+    script = Path(__file__).parent / "distributed_run.py"
+    flags = ["--folder", tmp_path / "out", "--model", files / "base", "--watch", "patience", "--num_rounds", 6]
+    result = launch(script, *flags, config="ddp")
+    assert result.returncode == 0, result.stderr[-5000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["rounds"], summary["best_round"]) == (3, 1)
+
+
+def test_two_processes_keep_the_best_round(files, tmp_path):
+    settings = {"load_best_model_at_end": "true", "metric_for_best_model": "adap_fu_loss", "learning_rate": 0.3}
+    folder = run_recipe(files, tmp_path, TWO, config="ddp", **settings)
+    summary = json.loads((folder / "summary.json").read_text())
+    losses = [json.loads(line)["adap_fu_loss"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert losses[summary["best_round"] - 1] == min(losses) == pytest.approx(summary["adap_fu"]["loss"])
+    assert summary["best_round"] < 3  # at this learning rate
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rounds(files, tmp_path):
     """26 rounds of 2 clients under ZeRO-3, compared from the second on."""

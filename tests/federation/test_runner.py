@@ -347,7 +347,11 @@ def test_push_to_hub(make_runner, monkeypatch):
             pushed["private"] = private
             return type("Url", (), {"repo_id": repo_id})
 
-        def upload_folder(self, repo_id, folder_path):
+        def create_branch(self, repo_id, branch, exist_ok):
+            pushed["branch"] = branch
+
+        def upload_folder(self, repo_id, folder_path, revision):
+            assert revision == pushed.get("branch")
             pushed["files"] = sorted(path.name for path in folder_path.iterdir())
             return f"https://hub/{repo_id}"
 

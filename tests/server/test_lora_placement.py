@@ -148,6 +148,10 @@ def test_many_targets_by_full_name():
             {"target_modules": ["q_proj", "lm_head"]},
             "`target_modules` has 'lm_head' in `peft_config`, which matches no",
         ),
+        (
+            {"target_modules": ["q_proj", "lm_head", "v_porj"], "rank_pattern": {"k_porj": 2}},
+            "`target_modules` has 'lm_head', 'v_porj'; `rank_pattern` has 'k_porj' in `peft_config`, which match no linear",
+        ),
         ({"target_modules": ["q_proj", "v_porj"]}, "`target_modules` has 'v_porj' .* There are: mlp.down_proj"),
         (
             {"target_modules": ["q_proj", "model.layers.1.self_attn.k_proj"]},

@@ -1,0 +1,254 @@
+import json
+import logging
+
+import pytest
+import torch
+from conftest import sums
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from fedbiot_trainer.federation.state import FederationState
+from fedbiot_trainer.shared.lora_state import load_lora
+
+
+LOSSES = [3.0, 2.0, 2.5, 2.7, 1.0]  # AdapFu's, by round
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Let a runner's evaluations find AdapFu's losses in a list: in round `i` the `i`-th, and the last one after it."""
+
+    def script(runner, values, zero_shot=9.0):
+        def adapted(generate=False):
+            done = runner.trackers.state.global_step  # the round before: callbacks are told after the evaluation
+            loss = values[min(done, len(values) - 1)]
+            scores = {"loss": loss, "token_accuracy": 1 / loss}
+            return {"adap_emu": {"loss": 5.0, "token_accuracy": done / 100}, "adap_fu": scores}
+
+        monkeypatch.setattr(runner.evaluator, "adapted", adapted)
+        zero = {"loss": zero_shot, "token_accuracy": 0.0}
+        monkeypatch.setattr(runner.evaluator, "zero_shot", lambda generate=False: zero)
+        return runner
+
+    return script
+
+
+class Loras(TrainerCallback):
+    """The client LoRA and the emulator LoRA after each round, and what the state tells then."""
+
+    def __init__(self):
+        self.client, self.emulator, self.told = [], [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        server = self.runner.server
+        self.client.append(server.client_lora)
+        self.emulator.append(server.emulator_lora)
+        self.told.append((state.best_global_step, state.best_metric))
+
+
+def watched(make_runner, losses, values=LOSSES, callbacks=(), **settings):
+    watch = Loras()
+    settings = {"num_rounds": len(values), "local_steps": 2, "load_best_model_at_end": True, **settings}
+    runner = losses(make_runner(callbacks=[watch, *callbacks], **settings), values)
+    watch.runner = runner
+    return runner, watch
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def assert_result_is(runner, client_lora, emulator_lora):
+    """Of the server, the result's folder and the package."""
+    assert same(runner.server.client_lora, client_lora) and same(runner.server.emulator_lora, emulator_lora)
+    _, saved = load_lora(runner.folder.client_lora)
+    assert same(saved, runner.server.models.split.to_full(client_lora))
+    for name, lora in (("client_lora", client_lora), ("emulator_lora", emulator_lora)):
+        _, packed = load_lora(runner.folder.package / name)
+        assert same(packed, lora)
+
+
+def test_result_is_the_best_round(make_runner, losses):
+    runner, watch = watched(make_runner, losses, LOSSES[:4])
+    summary = runner.train()
+    assert summary.best_round == 2 and summary.rounds == 4
+    assert json.loads((runner.folder.path / "summary.json").read_text())["best_round"] == 2
+    assert_result_is(runner, watch.client[1], watch.emulator[1])
+    assert not same(watch.client[1], watch.client[3])
+    assert watch.told == [(1, 3.0), (2, 2.0), (2, 2.0), (2, 2.0)]
+    assert "of which round 2 was the best and is this one" in (runner.folder.client_lora / "README.md").read_text()
+
+
+def test_result_of_the_last_round_otherwise(make_runner, losses):
+    runner, watch = watched(make_runner, losses, LOSSES[:4], load_best_model_at_end=False)
+    assert runner.train().best_round is None
+    assert_result_is(runner, watch.client[3], watch.emulator[3])
+    assert watch.told[-1] == (2, 2.0)  # as a trainer's state does
+
+
+@pytest.mark.parametrize(
+    "settings, best",
+    [
+        ({"metric_for_best_model": "adap_fu_loss"}, 2),
+        ({"metric_for_best_model": "loss"}, 2),
+        ({"metric_for_best_model": "eval_adap_fu_token_accuracy"}, 2),
+        ({"metric_for_best_model": "eval_adap_fu_loss", "greater_is_better": True}, 1),
+        ({"metric_for_best_model": "eval_adap_emu_token_accuracy"}, 4),
+        ({"eval_rounds": 3}, 3),
+        ({"save_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 7}, 2),
+    ],
+    ids=str,
+)
+def test_metrics(make_runner, losses, settings, best):
+    runner, _ = watched(make_runner, losses, LOSSES[:4], **settings)
+    assert runner.train().best_round == best
+
+
+def test_metric_of_one_of_several_sets(make_runner):
+    sets = {"near": sums(0, 8), "far": sums(60, 65)}
+    name = "eval_adap_fu_far_loss"
+    runner = make_runner(
+        eval_dataset=sets, load_best_model_at_end=True, metric_for_best_model=name, num_rounds=4, learning_rate=0.1
+    )
+    summary = runner.train()
+    values = [record.scores()[name] for record in runner.records]
+    assert values[summary.best_round - 1] == min(values) == pytest.approx(summary.adap_fu["far_loss"])
+    assert runner.state.best_metric == min(values)
+
+
+def test_not_a_number_is_never_the_best(make_runner, losses):
+    runner, _ = watched(make_runner, losses, [float("nan"), 2.0, 3.0])
+    assert runner.train().best_round == 2
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2, 4])
+def test_a_resumed_run_has_the_same_best_round(make_runner, losses, tmp_path, stopped_after):
+    whole, watch = watched(make_runner, losses, LOSSES[:4], output_dir=str(tmp_path / "whole"))
+    whole.train()
+    first, _ = watched(make_runner, losses, LOSSES[:4], num_rounds=stopped_after, save_total_limit=1)
+    first.train()
+    assert FederationState.load_newest(first.folder.state).best.server_round == min(stopped_after, 2)
+    again, watch_again = watched(make_runner, losses, LOSSES[:4], resume_from_checkpoint=True, save_total_limit=1)
+    summary = again.train()
+    assert summary.best_round == 2 and again.state.best_global_step == 2 and again.state.best_metric == 2.0
+    assert_result_is(again, watch.client[1], watch.emulator[1])
+    if watch_again.client:  # the run went on from its last round, not from the best one
+        assert same(watch_again.client[-1], watch.client[3])
+
+
+def test_patience_ends_a_run(make_runner, losses):
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    runner, watch = watched(make_runner, losses, callbacks=[stop])
+    summary = runner.train()
+    assert summary.rounds == 4 and summary.best_round == 2  # no gain in 3 and 4; round 5 would have been better
+    assert_result_is(runner, watch.client[1], watch.emulator[1])
+
+
+def test_patience_counts_evaluated_rounds(make_runner, losses, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    values = [2.0, 2.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5]
+    runner, _ = watched(make_runner, losses, values, callbacks=[stop], eval_rounds=2, log_level="warning")
+    assert runner.train().rounds == 6 and runner.state.best_global_step == 4
+    assert "did not find" not in caplog.text
+
+
+@pytest.mark.parametrize("stopped_after", [3, 4])
+def test_patience_goes_on_after_a_resume(make_runner, losses, stopped_after):
+    first, _ = watched(
+        make_runner, losses, num_rounds=stopped_after, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)]
+    )
+    first.train()
+    again, watch = watched(
+        make_runner, losses, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)], resume_from_checkpoint=True
+    )
+    assert again.train().rounds == 4 and len(watch.client) == 4 - stopped_after
+
+
+def test_patience_without_keeping_the_best(make_runner, losses):
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    runner, watch = watched(make_runner, losses, callbacks=[stop], load_best_model_at_end=False)
+    assert runner.train().rounds == 3
+    assert_result_is(runner, watch.client[2], watch.emulator[2])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"eval_dataset": None}, "`load_best_model_at_end` is True, but `eval_dataset` is None"),
+        ({"eval_rounds": 0}, "`load_best_model_at_end` is True, but `eval_rounds` is 0"),
+        (
+            {"metric_for_best_model": "eval_accuracy"},
+            "`metric_for_best_model` is 'eval_accuracy', but .* eval_adap_fu_loss,",
+        ),
+        ({"metric_for_best_model": "exact_match", "eval_metric": "exact_match"}, "is 'eval_exact_match', but"),
+        (
+            {"load_best_model_at_end": False, "eval_dataset": None, "callbacks": [EarlyStoppingCallback()]},
+            "`callbacks` has an EarlyStoppingCallback, but `eval_dataset` is None",
+        ),
+        (
+            {"load_best_model_at_end": False, "eval_rounds": 0, "callbacks": [EarlyStoppingCallback]},
+            "`callbacks` has an EarlyStoppingCallback, but `eval_rounds` is 0",
+        ),
+    ],
+    ids=["no text", "never", "unknown", "at the end", "early stopping without text", "early stopping, never"],
+)
+def test_what_cannot_be_compared_is_refused_at_once(make_runner, monkeypatch, settings, message):
+    monkeypatch.setattr("fedbiot_trainer.federation.runner.prepare_tokenizer", None)  # it does not come that far
+    with pytest.raises(ValueError, match=message):
+        make_runner(**{"load_best_model_at_end": True, **settings})
+
+
+def test_best_round_of_another_metric_is_another_run(make_runner, losses):
+    first, _ = watched(make_runner, losses, LOSSES[:2], num_rounds=1)
+    first.train()
+    other, _ = watched(
+        make_runner, losses, LOSSES[:2], metric_for_best_model="adap_emu_loss", resume_from_checkpoint=True
+    )
+    with pytest.raises(ValueError, match='metric_for_best_model: null then, "adap_emu_loss" now'):
+        other.train()
+
+
+@pytest.fixture
+def warned(make_runner, losses, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+
+    def run(values, zero_shot=9.0, **settings):
+        settings = {"num_rounds": len(values), "local_steps": 1, "log_level": "warning", **settings}
+        losses(make_runner(**settings), values, zero_shot).train()
+        return [record.message for record in caplog.records if "AdapFu's loss" in record.message]
+
+    return run
+
+
+def test_worse_than_zero_shot_is_said_once(warned):
+    [message] = warned([2.0, 2.1, 1.9, 2.0, 2.0], zero_shot=1.5)
+    assert message.startswith(
+        "AdapFu's loss on held-out text (1.9000) has been worse than the full model's without it (1.5000) for 3 "
+        "evaluated rounds in a row."
+    )
+    for advice in ("`local_steps`", "`learning_rate`", "public text", "`load_best_model_at_end=True`", "`lora_alpha`"):
+        assert advice in message
+
+
+def test_worse_than_its_best_round_is_said(warned):
+    [message] = warned([2.0, 1.0, 1.1, 1.2, 1.1, 1.1])
+    assert "(1.1000) has been worse than after round 2 (1.0000) for 3 evaluated rounds in a row" in message
+
+
+def test_it_counts_across_a_resume(warned):
+    assert warned([2.0, 2.1, 2.2, 2.3], num_rounds=2) == []
+    assert len(warned([2.0, 2.1, 2.2, 2.3], num_rounds=4, resume_from_checkpoint=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "values, settings",
+    [
+        ([2.0, 1.0, 1.1, 0.9, 1.0, 0.8], {}),
+        ([2.0, 2.0, 2.0, 2.0], {}),
+        ([2.0, 2.1, 2.2, 2.3, 2.4], {"load_best_model_at_end": True}),
+        ([2.0, 2.1, 2.2, 2.3, 2.4], {"eval_rounds": 2}),
+    ],
+    ids=["gains", "level", "keeps the best", "two evaluations"],
+)
+def test_nothing_is_said_of(warned, values, settings):
+    assert warned(values, **settings) == []
