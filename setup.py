@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedbiot_trainer" / "__init__.py").read_text()).group(1)
 QUALITY = ["mypy>=2.4", "ruff>=0.14"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]
-QUANTIZATION = ["bitsandbytes>=0.48", "torchao>=0.16"]
+QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.17"]
 TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
 
 setup(
@@ -24,13 +24,13 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10,<2",
-        "datasets>=4.7,<6",
+        "datasets>=5.2,<6",
         "evaluate>=0.4.6",
-        "huggingface_hub>=1.5,<3",
+        "huggingface_hub>=1.31,<3",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=2.0",
-        "peft>=0.19,<1",
+        "peft>=0.20,<1",
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.8",
