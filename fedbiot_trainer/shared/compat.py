@@ -223,6 +223,8 @@ USES = (
         "test_costs_of_a_real_run"),
     Use("torch", "_grouped_mm", "counted for mixtures of experts", "test_mixture_of_experts"),
     Use("torch.ops.aten", "_scaled_dot_product_flash_attention", "counted for attention", "test_local_step"),
+    Use("torch.ops.aten", "_scaled_dot_product_flash_attention_backward", "counted for attention",
+        "test_attention_with_grouped_heads_is_counted"),
     Use("bitsandbytes.nn.modules", "Linear4bit.support_avx512bf16_for_cpu",
         "keeps weights as they can be trained through",
         "test_model_that_was_repacked_for_inference_is_refused"),
