@@ -30,6 +30,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=2.0",
+        "packaging>=23.0",
         "peft>=0.20,<1",
         "pyyaml>=6.0",
         "rich>=13.0",
@@ -54,6 +55,8 @@ setup(
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
