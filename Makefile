@@ -1,6 +1,7 @@
-.PHONY: install demo test test-fast test-slow test-lm-eval architectures settings quality style clean
+.PHONY: install demo test test-fast test-slow test-oldest test-newest test-lm-eval architectures settings quality style clean
 
 VENV ?= .venv
+PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := fedbiot_trainer recipes benchmarks tests docs setup.py
 
@@ -8,7 +9,7 @@ SOURCES := fedbiot_trainer recipes benchmarks tests docs setup.py
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 $(VENV)/.runtime: setup.py constraints.txt
-	test -x $(BIN)/python || python3 -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e . tensorboard
 	touch $@
@@ -23,20 +24,27 @@ demo: $(VENV)/.runtime
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/fedbiot_sft.py
 
 # Two processes; the tests of a file stay together, with what its fixtures have launched.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := python -m pytest -n 2 --dist loadfile
+FAST := -m "not slow and not trains"
 
 test: install
-	$(PYTEST) -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow"
 
 test-fast: install
-	$(PYTEST) -m "not slow and not trains"
+	$(BIN)/$(PYTEST) $(FAST)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# The oldest and the newest versions that setup.py allows, each in an environment of its own: docs/versions.md
+test-oldest test-newest: test-%:
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[test]"
+	$(VENV)-$*/bin/$(PYTEST) $(FAST)
+
 # In an environment of its own: lm_eval brings some thirty packages.
 test-lm-eval:
-	test -x $(VENV)-lm-eval/bin/python || python3 -m venv $(VENV)-lm-eval
+	test -x $(VENV)-lm-eval/bin/python || $(PYTHON) -m venv $(VENV)-lm-eval
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -e ".[lm-eval]" pytest
 	$(VENV)-lm-eval/bin/python -c "import lm_eval"  # without it the tests would be skipped
@@ -60,4 +68,4 @@ style: install
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) $(VENV)-lm-eval outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lm-eval outputs build *.egg-info

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedbiot_trainer" / "__init__.py").read_text()).group(1)
 QUALITY = ["mypy>=2.4", "ruff>=0.14"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]
-QUANTIZATION = ["bitsandbytes>=0.48", "torchao>=0.18"]
+QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.17"]
 TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
 
 setup(
@@ -23,21 +23,22 @@ setup(
     package_data={"fedbiot_trainer": ["py.typed", "output/templates/*.md", "evaluation/metrics/*/*.py"]},
     python_requires=">=3.11",
     install_requires=[
-        "accelerate>=1.15,<2",
+        "accelerate>=1.10,<2",
         "datasets>=5.2,<6",
         "evaluate>=0.4.6",
-        "huggingface_hub>=2.0,<3",
+        "huggingface_hub>=1.31,<3",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=2.0",
-        "peft>=0.21,<0.22",
+        "packaging>=23.0",
+        "peft>=0.20,<1",
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.8",
-        "torch>=2.13,<2.14",
+        "torch>=2.9,<3",
         "tqdm>=4.60",
-        "transformers>=5.23,<5.24",
-        "trl>=1.16,<1.17",
+        "transformers>=5.14,<6",
+        "trl>=1.9,<2",
         "xxhash>=3.4",
     ],
     extras_require={
@@ -54,6 +55,8 @@ setup(
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

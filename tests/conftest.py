@@ -75,6 +75,10 @@ ARCHITECTURES = {
 }
 
 
+# Older versions of transformers have another name for it.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(FedBiOTConfig, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 
 

@@ -13,14 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from ..client.proximal import proximal_term
 from ..config import FedBiOTConfig
 from ..server.capture import capture, causal_lm, run_adapter_layers, run_full_model, wiring_of
 from ..server.lora_placement import DEFAULT_LORA, place_lora
 from ..server.split_model import SplitModel
-from ..shared.compat import storage_key
+from ..shared.compat import add_fused_lm_head, attention_flops, storage_key
 from ..shared.lora_layers import folded_loras
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, lora_factors, set_trainable_lora, traveling
 from ..wire.messages import ClientUpdate, LocalWork, RoundStart
@@ -173,7 +172,7 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _count_flops(run: Callable) -> int:
-    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS | attention_flops()) as counter:
         run()
     return counter.get_total_flops()
 

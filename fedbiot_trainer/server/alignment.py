@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import FedBiOTConfig
+from ..shared.compat import loss_is_scaled
 from ..shared.lora_layers import folded_loras
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, load_lora, set_lora_state
 from ..shared.processes import is_zero3, runnable, shards_parameters
@@ -96,6 +97,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         args = args.alignment_arguments()
         args.model_init_kwargs = None
         super().__init__(model.adap_emu, args, total_steps or args.max_steps, train_dataset, **kwargs)
+        loss_is_scaled(self)
         model.align_tokens(self.processing_class, given)
         self.head = OutputHead(causal_lm(model.adap_fu))  # FSDP2 shards the emulator's
         with runnable(model.adap_emu, self.accelerator):

@@ -67,7 +67,9 @@ class Regression:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: A, `(rank, in_features)`, and B, `(out_features, rank)`, of equal norm.
         """
-        gram = self.gram + (RIDGE if ridge is None else ridge) * self.gram.diagonal().mean() * torch.eye(self.in_features).to(self.gram)
+        gram = self.gram + (RIDGE if ridge is None else ridge) * self.gram.diagonal().mean() * torch.eye(
+            self.in_features
+        ).to(self.gram)
         weights = torch.linalg.solve(gram, self.products).T
         _, directions = torch.linalg.eigh(weights @ gram @ weights.T)
         b = directions[:, -rank:]

@@ -5,17 +5,26 @@ overrides, and names that their documentation leaves out.
 `USES` is the list, and tests go through it: each name must exist upstream as described, and nothing private may be
 used that is not in it. So an upstream rename is an error at once, also where Python would let it pass in silence: an
 override of a method that nobody calls any more changes nothing. What stands by itself is done by a function here.
+
+The code is written for the newest versions. What older ones do otherwise is in `DIFFERENCES`, and made up for by a
+function here: nothing else asks for a version.
 """
 
 import copy
+import importlib.metadata
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
+from packaging.version import Version
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer
 
 
 # The versions whose source was read, and where it is.
@@ -32,6 +41,56 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
+class Difference:
+    """
+    What versions of a library before one of them do otherwise.
+
+    Attributes:
+        library (`str`): Its name.
+        before (`str`): The first version that needs nothing.
+        why (`str`): What the ones before it lack.
+        link (`str`): The source of that version.
+        test (`str`): The test that fails in the ones before it without what is done here.
+    """
+
+    library: str
+    before: str
+    why: str
+    link: str
+    test: str
+
+    @property
+    def applies(self) -> bool:
+        """Whether the installed version is one of them."""
+        return Version(importlib.metadata.version(self.library)) < Version(self.before)
+
+
+_GITHUB = "https://github.com/"
+FUSED_HEAD = Difference(
+    library="trl",
+    before="1.15",
+    why="`SFTTrainer` computes the same loss in another function, which no one can call without data",
+    link=_GITHUB + "huggingface/trl/blob/v1.15.0/trl/trainer/utils.py",
+    test="test_local_step",
+)
+SCALED_LOSS = Difference(
+    library="transformers",
+    before="5.19",
+    why="`Trainer` does not read `loss_is_scaled_for_ga`; TRL sets what it does read only from 1.15 on",
+    link=_GITHUB + "huggingface/transformers/blob/v5.19.0/src/transformers/trainer.py",
+    test="test_loss_of_a_trainers_own_is_not_divided_again",
+)
+GROUPED_HEADS = Difference(
+    library="torch",
+    before="2.12",
+    why="attention whose heads share keys and values is not counted, but an error",
+    link=_GITHUB + "pytorch/pytorch/blob/v2.12.0/torch/utils/flop_counter.py",
+    test="test_attention_with_grouped_heads_is_counted",
+)
+DIFFERENCES = (FUSED_HEAD, SCALED_LOSS, GROUPED_HEADS)
+
+
+@dataclass(frozen=True)
 class Use:
     """
     One thing that a library may change without notice.
@@ -42,6 +101,7 @@ class Use:
         why (`str`): What it is used or overridden for.
         test (`str`): The test that fails if it does something else.
         parameters (`tuple[str, ...]`, *optional*): Those of the function or method, if it is one, without `self`.
+        but (`Difference`, *optional*): Versions that may lack it.
     """
 
     module: str
@@ -49,6 +109,7 @@ class Use:
     why: str
     test: str
     parameters: tuple[str, ...] | None = None
+    but: Difference | None = None
 
     @property
     def library(self) -> str:
@@ -63,7 +124,7 @@ class Use:
 
 _TRAINER, _SFT, _MODULE = "transformers.trainer", "trl.trainer.sft_trainer", "torch.nn.modules.module"
 _PREPARED = ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name")
-_FUSED_HEAD = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
+_FUSED_OPTIONS = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
 
 # fmt: off
 USES = (
@@ -79,7 +140,7 @@ USES = (
         "test_cached_and_online_give_the_same", ()),
     Use(_SFT, "SFTTrainer._tag_names", "tags of a model card", "test_model_card"),
     Use("trl.trainer.base_trainer", "_BaseTrainer.loss_is_scaled_for_ga", "the alignment loss is divided already",
-        "test_alignment_loss_is_the_formula"),
+        "test_alignment_loss_is_the_formula", but=SCALED_LOSS),
     Use("peft.tuners.lora.layer", "Linear.forward", "adds the low-rank product in place",
         "test_fused_is_as_exact_as_peft", ("x", "args", "kwargs")),
     # Trainer's, called or set.
@@ -108,7 +169,7 @@ USES = (
         "test_tokenizer_larger_than_the_embedding"),
     Use(_SFT, "SFTTrainer._metrics", "what is logged beside the loss", "test_loss_holds_the_proximal_term"),
     Use(_SFT, "DataCollatorForLanguageModeling", "pads the held-out text", "test_padding_changes_nothing"),
-    Use("trl.trainer.utils", "add_fused_lm_head", "a plan counts what the loss costs", "test_local_step", _FUSED_HEAD),
+    Use("trl.trainer.utils", "add_fused_lm_head", "a plan counts what the loss costs", "test_local_step", _FUSED_OPTIONS, FUSED_HEAD),
     # Of models.
     Use("transformers.configuration_utils", "PreTrainedConfig._attn_implementation", "an emulator has its model's",
         "test_both_models_have_the_same_setting"),
@@ -162,6 +223,8 @@ USES = (
         "test_costs_of_a_real_run"),
     Use("torch", "_grouped_mm", "counted for mixtures of experts", "test_mixture_of_experts"),
     Use("torch.ops.aten", "_scaled_dot_product_flash_attention", "counted for attention", "test_local_step"),
+    Use("torch.ops.aten", "_scaled_dot_product_flash_attention_backward", "counted for attention",
+        "test_attention_with_grouped_heads_is_counted"),
     Use("bitsandbytes.nn.modules", "Linear4bit.support_avx512bf16_for_cpu",
         "keeps weights as they can be trained through",
         "test_model_that_was_repacked_for_inference_is_refused"),
@@ -219,3 +282,57 @@ def set_rates(scheduler: LRScheduler, rates: Sequence[float]):
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = list(rates)
+
+
+def loss_is_scaled(trainer: Trainer):
+    """Have `Trainer` leave the loss of one with `loss_is_scaled_for_ga` as it is."""
+    if SCALED_LOSS.applies:
+        trainer.model_accepts_loss_kwargs = False
+        trainer.compute_loss_func = "not called, and not None: nothing is divided"
+
+
+def add_fused_lm_head(model: PreTrainedModel, outputs: tuple[str, ...]):
+    """
+    Let `model(..., labels=labels, fused_lm_head=True)` run as [`~trl.SFTTrainer`] has it, and return `log_probs` of shape
+    `(batch_size, sequence_length - 1)`.
+    """
+    if not FUSED_HEAD.applies:
+        from trl.trainer.utils import add_fused_lm_head
+
+        return add_fused_lm_head(model, outputs=outputs)
+
+    def log_probs(hidden, weight, bias, labels):
+        logits = nn.functional.linear(hidden.float(), weight.float(), bias if bias is None else bias.float())
+        return -cross_entropy(logits, labels, reduction="none")
+
+    def forward(*args, labels, fused_lm_head, **kwargs):
+        hidden = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
+        head, shape = model.get_output_embeddings(), hidden.shape[:2]
+        chunks = zip(hidden.flatten(0, 1).split(256), labels[:, 1:].flatten().split(256), strict=True)
+        found = [
+            checkpoint(log_probs, h, head.weight, head.bias, y, use_reentrant=False, preserve_rng_state=False)
+            for h, y in chunks
+        ]
+        return SimpleNamespace(log_probs=torch.cat(found).view(shape))
+
+    model.forward = forward
+
+
+def attention_flops() -> dict[Callable, Callable]:
+    """What torch's `FlopCounterMode` is to be told of attention, as `custom_mapping`."""
+    if not GROUPED_HEADS.applies:
+        return {}
+
+    def forward(query, key, value, *args, **kwargs):
+        batch, heads, length, size = query
+        return 2 * batch * heads * length * key[2] * (size + value[3])
+
+    def backward(gradient, query, key, value, *args, **kwargs):
+        batch, heads, length, size = query
+        return 2 * batch * heads * length * key[2] * (3 * size + 2 * value[3])
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention: forward,
+        aten._scaled_dot_product_flash_attention_backward: backward,
+    }

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from conftest import (
+    CHECKPOINTING,
     LORA,
     assert_as_exact,
     assert_same_model,
@@ -44,8 +45,8 @@ def test_one_client_without_proximal_term_is_plain_sft(make_args, make_alignment
     config = copy.deepcopy(models.adap_fu.peft_config["client"])
     plain_args = SFTConfig(
         str(tmp_path), max_steps=9, per_device_train_batch_size=4, learning_rate=1e-2, adam_beta2=0.95, bf16=False,
-        use_cpu=True, report_to="none", disable_tqdm=True, activation_checkpointing=False,
-        **{"lr_scheduler_type": "constant", **shared},
+        use_cpu=True, report_to="none", disable_tqdm=True,
+        **{CHECKPOINTING: False, "lr_scheduler_type": "constant", **shared},
     )  # fmt: skip
     losses, states = [logged(ours)], [get_lora_state(models.adap_emu, "client")]
     for dtype in (torch.float32, torch.float64):

@@ -9,10 +9,13 @@ from peft import LoraConfig
 from fedbiot_trainer import ClientSFTTrainer, EmulatorAlignmentTrainer, FedBiOTConfig, FederatedRunner
 
 
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(FedBiOTConfig, "activation_checkpointing") else "gradient_checkpointing"
+)
 RUNS = {
     "cached": {},
     "offloaded": {"offload_full_model": True, "packing": True, "max_length": 32, "eval_drift": True},
-    "online": {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1, "activation_checkpointing": True},
+    "online": {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1, CHECKPOINTING: True},
     "autocast": {"bf16": True, "eval_drift": True},
 }
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 from trl import SFTTrainer
 
@@ -52,10 +52,8 @@ ATEN = torch.ops.aten
 UNCOUNTED = {
     ATEN.addmm_: lambda c, a, b, **kwargs: 2 * a[0] * a[1] * b[1],
     ATEN._grouped_mm: lambda a, b, *args, **kwargs: 2 * a[0] * a[1] * b[-1],
-    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: sdpa_flop_count(*args[:3]),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda *args, **kwargs: sdpa_backward_flop_count(
-        *args[:4]
-    ),
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: 4 * q.numel() * k[2],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *args, **kwargs: 10 * q.numel() * k[2],
 }
 
 

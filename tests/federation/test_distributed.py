@@ -55,7 +55,8 @@ def flags_of(files, folder, batch_sizes, base="base", **settings):
         "per_device_train_batch_size": batch_sizes[0], "alignment_batch_size": batch_sizes[1], "learning_rate": 2e-3,
         # An epsilon that keeps AdamW from blowing up the rounding of gradients near zero.
         "alignment_learning_rate": 2e-3, "adam_epsilon": 1e-3, "proximal_weight": 0.5, "report_to": "none", "use_cpu": "true", "dtype": "auto",
-        "eval_metric": "exact_match", "eval_max_new_tokens": 3, "teacher_cache_dir": folder / "cache", **settings,
+        "eval_metric": "exact_match", "eval_max_new_tokens": 3, "teacher_cache_dir": folder / "cache",
+        "alignment_init": "zero", **settings,
     }  # fmt: skip
     flags = [
         "--model_name_or_path", files / base, "--output_dir", folder / "out",
@@ -121,6 +122,15 @@ def assert_same_run(two, one, exact):
         relative = torch.tensor([losses[name] for name in expected_losses], dtype=torch.float64) / sizes
         vectors.append(torch.cat([relative, *(loras[key].double().flatten() for key in expected_loras)]))
     assert_as_exact(*vectors)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2"])
+def test_two_processes_compute_the_same_start(files, tmp_path, config):
+    if config == "zero2":
+        pytest.importorskip("deepspeed")
+    settings = {"alignment_init": "closed_form", "initial_alignment_steps": 0, "num_rounds": 1}
+    one, exact = (run_one(files, tmp_path, base, **settings) for base in ("base", "exact"))
+    assert_same_run(run_two(files, tmp_path, config, **settings), one, exact)
 
 
 @pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"),
@@ -213,7 +223,7 @@ def test_processes_stop_early_together(files, tmp_path):
 
 def test_two_processes_keep_the_best_round(files, tmp_path):
     settings = {"load_best_model_at_end": "true", "metric_for_best_model": "adap_fu_loss", "learning_rate": 0.3}
-    folder = run_recipe(files, tmp_path, TWO, config="ddp", **settings)
+    folder = run_two(files, tmp_path, "ddp", **settings)
     summary = json.loads((folder / "summary.json").read_text())
     losses = [json.loads(line)["adap_fu_loss"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert losses[summary["best_round"] - 1] == min(losses) == pytest.approx(summary["adap_fu"]["loss"])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HALF_THE_DIGITS, assert_same, rounds_of, save_files, sums, tiny_model
+from conftest import CHECKPOINTING, HALF_THE_DIGITS, assert_same, rounds_of, save_files, sums, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
@@ -194,7 +194,7 @@ def test_one_client_in_one_round_is_plain_sft(make_runner, tokenizer, tmp_path):
     set_lora_state(plain_model, "default", start)
     args = SFTConfig(
         str(tmp_path / "plain"), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, adam_beta2=0.95,
-        lr_scheduler_type="constant", bf16=False, use_cpu=True, report_to="none", activation_checkpointing=False,
+        lr_scheduler_type="constant", bf16=False, use_cpu=True, report_to="none", **{CHECKPOINTING: False},
     )  # fmt: skip
     plain = SFTTrainer(plain_model, args, train_dataset=sums(0, 8), processing_class=tokenizer)
     loss = plain.train().training_loss
@@ -627,7 +627,7 @@ def test_settings_without_effect_are_named(make_runner, caplog, monkeypatch):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"activation_checkpointing": True},
+        {CHECKPOINTING: True},
         {"dataloader_num_workers": 1},
         {"teacher": "online"},
         {"offload_full_model": True},

@@ -145,16 +145,17 @@ def by_hand(models, batches, ridge=RIDGE):
     """The weights of the first kept layer, from float64 regression on what Hugging Face's own model does."""
     full, (kept, following) = causal_lm(models.adap_fu), (*models.split.kept, models.split.top_index)[:2]
     rows, targets = [], []
+    seen = []
+    hook = full.model.layers[kept].mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     for batch in batches:
-        mask, seen = batch["attention_mask"].bool(), []
-        hook = full.model.layers[kept].mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        mask = batch["attention_mask"].bool()
         with torch.no_grad():
             states = full(**batch, output_hidden_states=True).hidden_states
-        hook.remove()
         target, output = states[following][mask].double(), states[kept + 1][mask].double()
         scale = target.pow(2).mean(-1, keepdim=True).rsqrt()
-        rows.append(seen[0][mask].double() * scale)
+        rows.append(seen[-1][mask].double() * scale)
         targets.append((target - output) * scale)
+    hook.remove()
     x, y = torch.cat(rows), torch.cat(targets)
     gram = x.T @ x
     return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).double(), x.T @ y).T
@@ -245,13 +246,19 @@ def test_where_it_cannot_be_computed(make_alignment, caplog):
     with caplog.at_level(logging.WARNING, "fedbiot_trainer"):
         assert make_alignment(model=gemma).initialize() == {}
     assert "starts without effect, and is trained alone: in Gemma2ForCausalLM no linear" in caplog.text
-    with pytest.raises(ValueError, match="`alignment_init` is 'closed_form', but in Gemma2ForCausalLM .* or use 'zero'"):
+    with pytest.raises(
+        ValueError, match="`alignment_init` is 'closed_form', but in Gemma2ForCausalLM .* or use 'zero'"
+    ):
         make_alignment(model=gemma, alignment_init="closed_form")
 
 
 def test_a_run_without_alignment_steps(make_runner):
     runner = make_runner(
-        num_rounds=1, initial_alignment_steps=0, alignment_steps=0, alignment_init="closed_form", eval_dataset=sums(9, 12)
+        num_rounds=1,
+        initial_alignment_steps=0,
+        alignment_steps=0,
+        alignment_init="closed_form",
+        eval_dataset=sums(9, 12),
     )
     summary = runner.train()
     assert summary.initial_alignment["closed_form_tokens"] > 0

@@ -11,18 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainingArguments
 
 import fedbiot_trainer
 from fedbiot_trainer.client.trainer import ClientSFTTrainer
 from fedbiot_trainer.server.alignment import EmulatorAlignmentTrainer
 from fedbiot_trainer.shared.compat import (
+    DIFFERENCES,
     SOURCES,
     USES,
+    Difference,
+    add_fused_lm_head,
+    attention_flops,
     children,
     copy_module,
     has_forward_hooks,
     ignore_in_ddp,
+    loss_is_scaled,
     set_rates,
     storage_key,
 )
@@ -78,6 +86,8 @@ def is_there(owner, name: str) -> bool:
 @pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.module}.{use.name}")
 def test_what_is_used_exists_upstream(use):
     pytest.importorskip(use.library)
+    if use.but is not None and use.but.applies:
+        pytest.skip(f"{use.but.library} before {use.but.before}: {use.but.why}")
     owner, _, name = f"{use.module}.{use.name}".rpartition(".")
     owner = resolve(owner)
     assert is_there(owner, name), f"{use.library} has no `{use.name}` any more ({use.why}). It was in {use.link}"
@@ -106,10 +116,74 @@ def test_the_test_of_each_use_exists():
     tests = set(
         re.findall(r"def (test_\w+)", "".join(file.read_text() for file in Path(__file__).parents[1].rglob("*.py")))
     )
-    assert {use.test for use in USES} <= tests
+    assert {entry.test for entry in (*USES, *DIFFERENCES)} <= tests
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_of_versions_that_setup_allows():
+    ranges = dict(re.findall(r'"(\w+)>=([\d.]+),<\d+"', (ROOT / "setup.py").read_text()))
+    oldest = dict(line.split("==") for line in (ROOT / "constraints-oldest.txt").read_text().splitlines())
+    for library, least in ranges.items():
+        assert oldest[library].startswith(least), library
+    for difference in DIFFERENCES:
+        assert difference.library in ranges and f"/v{difference.before}" in difference.link
+        assert Difference(difference.library, "0", "", "", "").applies is False
+        assert Difference(difference.library, "99", "", "", "").applies is True
+    # Entries that no version needs any more are to go.
+    assert all(
+        [int(n) for n in ranges[difference.library].split(".")] < [int(n) for n in difference.before.split(".")]
+        for difference in DIFFERENCES
+    )
+
+
+def test_nothing_else_compares_versions():
+    imports = {
+        file.name
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("packaging")
+    }
+    assert imports == {"compat.py"}
+
+
+@pytest.fixture(params=["installed", "older"])
+def versions(request, monkeypatch):
+    """What is installed, and as if it were older than each difference."""
+    if request.param == "older":
+        monkeypatch.setattr(Difference, "applies", True)
+
+
+def test_fused_head_gives_log_probabilities(versions):
+    model, ids = tiny_model(), torch.arange(3, 43).view(2, 20)
+    expected = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    add_fused_lm_head(model, ("log_probs",))
+    torch.testing.assert_close(model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs, expected)
+
+
+def test_attention_with_grouped_heads_is_counted(versions):
+    query = torch.empty(2, 4, 6, 8, device="meta", requires_grad=True)
+    key, value = (torch.empty(2, 2, 10, 8, device="meta", requires_grad=True) for _ in range(2))
+    with FlopCounterMode(display=False, custom_mapping=attention_flops()) as counter:
+        torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0].sum().backward()
+    products, one = 2 + 5, 2 * (2 * 4) * (6 * 10) * 8  # forward and backward; batch and heads, lengths, size of a head
+    assert counter.get_total_flops() == products * one
+
+
+def test_loss_of_a_trainers_own_is_not_divided_again(versions, tmp_path):
+    class Own(Trainer):
+        loss_is_scaled_for_ga = True
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(inputs["x"]).sum()
+
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to="none", gradient_accumulation_steps=4)
+    trainer = Own(nn.Linear(2, 1, bias=False), args)
+    loss_is_scaled(trainer)
+    trainer.current_gradient_accumulation_steps = 4
+    trainer.training_step(trainer.model, {"x": torch.ones(1, 2)})
+    assert trainer.model.weight.grad.tolist() == [[1.0, 1.0]]
 
 
 def is_private(name) -> bool:

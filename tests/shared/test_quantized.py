@@ -34,7 +34,7 @@ def bnb_8bit(**options):
 def torchao_config(name):
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(getattr(pytest.importorskip("torchao.quantization"), name)())
+    return TorchAoConfig(getattr(pytest.importorskip("torchao.quantization"), name)(version=2))
 
 
 def torchao_8bit():
