@@ -142,7 +142,7 @@ USES = (
     Use("trl.trainer.base_trainer", "_BaseTrainer.loss_is_scaled_for_ga", "the alignment loss is divided already",
         "test_alignment_loss_is_the_formula", but=SCALED_LOSS),
     Use("peft.tuners.lora.layer", "Linear.forward", "adds the low-rank product in place",
-        "test_fused_is_as_exact_as_peft", ("x", "args", "kwargs")),
+        "test_fused_is_pefts_function", ("x", "args", "kwargs")),
     # Trainer's, called or set.
     Use(_TRAINER, "Trainer._remove_unused_columns", "the training data, as Trainer's own loader has it",
         "test_one_client_without_proximal_term_is_plain_sft", ("dataset", "description")),

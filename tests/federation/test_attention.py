@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HALF_THE_DIGITS, tiny_model
+from conftest import tiny_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, modeling_flash_attention_utils
@@ -69,23 +69,28 @@ def same_run(make_runner, tmp_path, one: dict, other: dict, kernels=(None, None)
     """
     Check that two runs end with the same losses and the same client LoRA. Gives the second runner.
 
-    Losses are summed in float32, whose rounding one of the two may cross; they are of the same float64 numbers.
+    Losses are summed in float32, so they may differ by its epsilon, and gradients by that share of themselves. With an
+    epsilon of AdamW that does not blow up those near zero, a step of at most 1e-2 then differs by 1e-2 epsilons of
+    float32: one epsilon is a hundred such steps.
     """
     summaries, loras = [], []
     for name, settings, kernel in (("one", one, kernels[0]), ("other", other, kernels[1])):
         runner = make_runner(
-            output_dir=str(tmp_path / name), teacher_cache_dir=str(tmp_path / name), **{"num_rounds": 1, **settings}
+            output_dir=str(tmp_path / name),
+            teacher_cache_dir=str(tmp_path / name),
+            **{"num_rounds": 1, "adam_epsilon": 1e-3, **settings},
         )
         with sdpa_kernel(kernel or DEFAULT_KERNELS):
             summaries.append(runner.train())
         loras.append(runner.server.models.extract())
+    rounding = torch.finfo(torch.float32).eps
     for name in ("adap_emu", "adap_fu"):
-        expected = pytest.approx(getattr(summaries[0], name), rel=torch.finfo(torch.float32).eps)
+        expected = pytest.approx(getattr(summaries[0], name), rel=rounding)
         assert getattr(summaries[1], name) == expected
     assert loras[0].keys() == loras[1].keys()
     for key, tensor in loras[0].items():
         assert tensor.dtype == torch.float64
-        assert torch.allclose(loras[1][key], tensor, rtol=0, atol=HALF_THE_DIGITS), key
+        assert torch.allclose(loras[1][key], tensor, rtol=0, atol=rounding), key
     attention = other["model"].config._attn_implementation
     for model in (runner.server.models.adap_emu, runner.server.models.adap_fu):
         assert model.config._attn_implementation == attention
