@@ -75,10 +75,10 @@ ARCHITECTURES = {
 }
 
 
-# Older versions of transformers have another name for it.
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(FedBiOTConfig, CHECKPOINTING):
-    CHECKPOINTING = "gradient_checkpointing"
+# Older versions of transformers have the second name for it.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(FedBiOTConfig, name)
+)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 
 
