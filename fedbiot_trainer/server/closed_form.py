@@ -123,7 +123,7 @@ class _Fit:
         self.num_mine = len(range(accelerator.process_index, len(batches), accelerator.num_processes))
         wiring = wiring_of(models, self.texts[0])
         self.full, self.emulator = (
-            _Decoder(model, split.layers_name, wiring) for model in (models.adap_fu, models.adap_emu)
+            PartialDecoder(model, split.layers_name, wiring) for model in (models.adap_fu, models.adap_emu)
         )
         followed_by = (*split.kept[1:], split.top_index)
         self.steps = list(zip(split.emulator_positions, split.kept, followed_by, strict=True))
@@ -165,7 +165,7 @@ class _Fit:
         regression.gram, regression.products = map(self.accelerator.reduce, (regression.gram, regression.products))
         return regression
 
-    def _run(self, decoder: "_Decoder", start: int, stop: int, states: list[torch.Tensor | None]):
+    def _run(self, decoder: "PartialDecoder", start: int, stop: int, states: list[torch.Tensor | None]):
         for i, text in enumerate(self.texts):
             states[i] = decoder.run(start, stop, text, states[i]).cpu()
             self._passed()
@@ -180,7 +180,7 @@ class _Fit:
 
 
 @dataclass
-class _Decoder:
+class PartialDecoder:
     """A model whose decoder layers are run a few at a time."""
 
     model: PeftModel
@@ -217,7 +217,7 @@ def find_added_linears(models: SplitModel, device: torch.device) -> dict[int, "A
     training = models.adap_emu.training
     models.adap_emu.eval()
     try:
-        decoder = _Decoder(models.adap_emu, split.layers_name, wiring_of(models, texts))
+        decoder = PartialDecoder(models.adap_emu, split.layers_name, wiring_of(models, texts))
         states, found = None, {}
         for position in split.emulator_positions:
             linear = AddedLinear.find(decoder, position, texts, states)
@@ -243,7 +243,7 @@ class AddedLinear:
     factor: float
 
     @classmethod
-    def find(cls, decoder: _Decoder, position: int, text: Batch, states: torch.Tensor | None) -> "AddedLinear | None":
+    def find(cls, decoder: PartialDecoder, position: int, text: Batch, states: torch.Tensor | None) -> "AddedLinear | None":
         """
         Look for it in layer `position`: add something to a linear's output, and see whether it is added to the layer's.
         Of several, the one with the most inputs.

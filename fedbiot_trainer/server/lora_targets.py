@@ -48,6 +48,8 @@ def output_linear(model: PreTrainedModel, layer_name: str) -> str | None:
     """
     hidden_size, found = model.config.get_text_config().hidden_size, {}
     for name in usable_linears(model, layer_name):
+        if renamed_by_peft(model, name.rpartition(".")[2]) or weight_is_taken(model, name):
+            continue
         module: Any = model.get_submodule(name)
         in_features, out_features = (
             (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
