@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ..client.proximal import proximal_term
 from ..config import FedBiOTConfig
 from ..server.capture import capture, causal_lm, run_adapter_layers, run_full_model, wiring_of
+from ..server.closed_form import PartialDecoder, candidates
 from ..server.lora_placement import DEFAULT_LORA, place_lora
 from ..server.split_model import SplitModel
 from ..shared.compat import add_fused_lm_head, attention_flops, storage_key
@@ -70,7 +71,8 @@ def plan(
           emulator package or the full model), `bytes_per_round_down` and `bytes_per_round_up`.
         - `"server"`, of alignment with a `"cached"` (if that can be) or an `"online"` teacher: `student_flops`, `teacher_flops`,
           `flops_per_step`, `flops_per_round`; at most, `store_bytes` of hidden states in the model's dtype and
-          `flops_to_store` them; `flops_of_run`, with the initial alignment; the bytes of all clients.
+          `flops_to_store` them; `flops_to_start`, the emulator LoRA's closed form, if it can be computed; `flops_of_run`,
+          with the initial alignment; the bytes of all clients.
 
     Raises:
         ValueError, OSError: If a setting or the model cannot work in a run, or the model cannot run without data.
@@ -240,6 +242,7 @@ def _alignment_costs(models: SplitModel, args: FedBiOTConfig, public_examples: i
     all_steps = first_steps + args.num_rounds * round_steps
     stored = min(public_examples, all_steps * args.alignment_batch_size)
     state_bytes = models.adap_fu.config.get_text_config().hidden_size * models.adap_fu.dtype.itemsize
+    start_flops = _start_flops(models, args, batch, public_examples)
     costs = {}
     for name, teacher, examples in (("cached", adapter_layers, stored), ("online", whole, 0)):
         if name == "online" or not split.num_adapter_layers_bottom:
@@ -251,6 +254,27 @@ def _alignment_costs(models: SplitModel, args: FedBiOTConfig, public_examples: i
                 "flops_per_round": per_step * round_steps,
                 "store_bytes": examples * args.max_length * state_bytes,
                 "flops_to_store": to_store,
-                "flops_of_run": per_step * all_steps + to_store,
+                "flops_to_start": start_flops,
+                "flops_of_run": per_step * all_steps + to_store + start_flops,
             }
     return costs
+
+
+def _start_flops(models: SplitModel, args: FedBiOTConfig, batch: dict[str, torch.Tensor], public_examples: int) -> int:
+    """Of the emulator LoRA's closed form, if each layer has a linear for it: all layers run once, the emulator's again."""
+    split, hidden_size = models.split, models.adap_emu.config.get_text_config().hidden_size
+    if not args.computes_start or not split.dropped:
+        return 0
+    full, emulator = (
+        PartialDecoder(model, split.layers_name, wiring_of(models, batch)) for model in (models.adap_fu, models.adap_emu)
+    )
+    examples = min(public_examples, math.ceil(args.alignment_init_tokens / args.max_length))
+    passes = _count_flops(lambda: full.run(0, split.top_index, batch, None))
+    passes += 2 * _count_flops(lambda: emulator.run(0, split.top_position, batch, None))
+    regressions = 0
+    for position in split.emulator_positions:
+        for linear in candidates(emulator.layers[position], hidden_size)[:1]:
+            rows, rank = linear.in_features, linear.r[EMULATOR]
+            regressions += 2 * examples * args.max_length * rows * (rows + hidden_size)
+            regressions += 2 * hidden_size * rows * (rows + hidden_size + rank)
+    return passes * examples // args.alignment_batch_size + regressions

@@ -59,7 +59,7 @@ class Regression:
         self.gram += x.T @ x
         self.products += x.T @ y
 
-    def solve(self, rank: int, ridge: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, rank: int, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The best weights of a rank: the solution of full rank on the directions in which what it fits varies most
         (reduced-rank regression).
@@ -67,9 +67,8 @@ class Regression:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: A, `(rank, in_features)`, and B, `(out_features, rank)`, of equal norm.
         """
-        gram = self.gram + (RIDGE if ridge is None else ridge) * self.gram.diagonal().mean() * torch.eye(
-            self.in_features
-        ).to(self.gram)
+        gram = self.gram.clone()
+        gram.diagonal().add_(ridge * self.gram.diagonal().mean())
         weights = torch.linalg.solve(gram, self.products).T
         _, directions = torch.linalg.eigh(weights @ gram @ weights.T)
         b = directions[:, -rank:]
@@ -243,7 +242,9 @@ class AddedLinear:
     factor: float
 
     @classmethod
-    def find(cls, decoder: PartialDecoder, position: int, text: Batch, states: torch.Tensor | None) -> "AddedLinear | None":
+    def find(
+        cls, decoder: PartialDecoder, position: int, text: Batch, states: torch.Tensor | None
+    ) -> "AddedLinear | None":
         """
         Look for it in layer `position`: add something to a linear's output, and see whether it is added to the layer's.
         Of several, the one with the most inputs.
@@ -251,7 +252,7 @@ class AddedLinear:
         run = lambda: decoder.run(position, position + 1, text, states)[..., : decoder.hidden_size].float()  # noqa: E731
         before = run()
         probe = before.flip(-1)  # as large as the states are
-        for module in _candidates(decoder.layers[position], decoder.hidden_size):
+        for module in candidates(decoder.layers[position], decoder.hidden_size):
             hook = module.register_forward_hook(lambda module, args, y: y + probe.reshape(y.shape).to(y.dtype))
             try:
                 change = run() - before
@@ -279,7 +280,8 @@ class AddedLinear:
         self.module.lora_B[EMULATOR].weight.copy_(b / self.module.scaling[EMULATOR])
 
 
-def _candidates(layer: nn.Module, hidden_size: int) -> list[Any]:
+def candidates(layer: nn.Module, hidden_size: int) -> list[Any]:
+    """Linears with an emulator LoRA whose output a layer may add to its own, those with the most inputs first."""
     found = [
         module
         for module in layer.modules()
