@@ -8,6 +8,7 @@ does with it, and docs/architectures.md says what came out.
 
 import argparse
 import copy
+import math
 import re
 import shutil
 import tempfile
@@ -145,12 +146,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass
 class Outcome:
-    """What became of an architecture: its class, `supported` or why not, the LoRA's target modules, and teachers."""
+    """What became of an architecture: class, `supported` or why not, the LoRA's target modules, teachers, and start."""
 
     kind: str
     verdict: str
     targets: str = ""
     teachers: str = ""
+    start: str = ""
 
 
 def try_architecture(model_type: str, folder: Path) -> Outcome:
@@ -164,15 +166,17 @@ def try_architecture(model_type: str, folder: Path) -> Outcome:
         targets = _check_models(tiny_model(model_type), own, folder)
     except ValueError as error:
         return Outcome(kind, f"refused: {_short(error)}")
-    teachers, reasons, with_kl = [], [], True
+    teachers, reasons, with_kl, start = [], [], True, ""
     for teacher in ("cached", "online"):
         try:
-            with_kl = _check_teacher(model_type, teacher, folder / teacher)
+            with_kl, start = _check_teacher(model_type, teacher, folder / teacher)
             teachers.append(teacher)
         except ValueError as error:
             reasons.append(_short(error))
     verdict = "supported" if "online" in teachers else f"refused: {reasons[-1]}"
-    return Outcome(kind, verdict, targets, " and ".join(teachers) + ("" if with_kl else ", `alignment_kl_weight=0`"))
+    return Outcome(
+        kind, verdict, targets, " and ".join(teachers) + ("" if with_kl else ", `alignment_kl_weight=0`"), start
+    )
 
 
 def _short(error: Exception) -> str:
@@ -218,8 +222,11 @@ def _check_models(model: PreTrainedModel, own: torch.Tensor, folder: Path) -> st
     return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
-def _check_teacher(model_type: str, teacher: str, folder: Path) -> bool:
-    """An alignment step with a cached or an online teacher, a whole round with the cached one. Whether there was KL."""
+def _check_teacher(model_type: str, teacher: str, folder: Path) -> tuple[bool, str]:
+    """
+    The emulator LoRA's start and an alignment step, with a cached or an online teacher, a whole round with the cached one.
+    Whether there was KL, and which start.
+    """
     rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(16)]
     args = FedBiOTConfig(
         output_dir=str(folder / "run"),
@@ -245,15 +252,18 @@ def _check_teacher(model_type: str, teacher: str, folder: Path) -> bool:
             raise
         args.alignment_kl_weight = 0.0
         runner = make()
+    with_kl, start = args.alignment_kl_weight > 0, "closed form" if runner.server.trainer.added_linears else "zero"
     if teacher == "online":
+        report = runner.server.initialize_alignment()
+        _expect(math.isfinite(report.get("closed_form_l2", 0.0)), "the closed form")
         _expect(runner.server.align(1)["alignment_l2"] > 0, "alignment")
-        return args.alignment_kl_weight > 0
+        return with_kl, start
     runner.train()
     runner.server.install_loras()
     plain = PeftModel.from_pretrained(tiny_model(model_type), runner.folder.client_lora).eval()
     own = runner.server.models.adap_fu.eval()
     _expect(torch.allclose(_forward(plain), _forward(own), atol=1e-3), "PEFT reads another LoRA")
-    return args.alignment_kl_weight > 0
+    return with_kl, start
 
 
 def write_table(outcomes: dict[str, Outcome]):
@@ -276,17 +286,18 @@ def write_table(outcomes: dict[str, Outcome]):
         "An architecture is *supported* if a model of it went through the split, beta = 0 giving the full model's logits,",
         "the emulator package and back, generation, an alignment step with each teacher, a round of a client, and the",
         "result loaded on the full model by PEFT alone. The targets are those of `LoraConfig()` without `target_modules`.",
+        "The emulator LoRA starts in closed form where a layer adds a linear's output to its own, else without effect.",
         "Experts of mixtures stay frozen: two LoRAs of one model cannot be on the experts of different layers in PEFT. What",
         "is *refused* is refused before any work, with the reason given here. It is no statement about quality.",
         "",
         "## Supported",
         "",
-        "| model type | class | default targets | teacher |",
-        "|---|---|---|---|",
+        "| model type | class | default targets | teacher | start |",
+        "|---|---|---|---|---|",
     ]
     for name in groups["supported"]:
         outcome = outcomes[name]
-        lines.append(f"| {name} | {outcome.kind} | {outcome.targets} | {outcome.teachers} |")
+        lines.append(f"| {name} | {outcome.kind} | {outcome.targets} | {outcome.teachers} | {outcome.start} |")
     for title, group in (("Refused", "refused"), ("Failing", "failing"), ("Not tried", "not tried")):
         if groups[group]:
             lines += ["", f"## {title}", "", "| model type | class | because |", "|---|---|---|"]
