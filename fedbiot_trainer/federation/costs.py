@@ -266,7 +266,8 @@ def _start_flops(models: SplitModel, args: FedBiOTConfig, batch: dict[str, torch
     if not args.computes_start or not split.dropped:
         return 0
     full, emulator = (
-        PartialDecoder(model, split.layers_name, wiring_of(models, batch)) for model in (models.adap_fu, models.adap_emu)
+        PartialDecoder(model, split.layers_name, wiring_of(models, batch))
+        for model in (models.adap_fu, models.adap_emu)
     )
     examples = min(public_examples, math.ceil(args.alignment_init_tokens / args.max_length))
     passes = _count_flops(lambda: full.run(0, split.top_index, batch, None))

@@ -151,10 +151,11 @@ class RoundLoop:
         self._tell("on_phase", 0, "closed form of the emulator LoRA")
         with timed(seconds, "closed_form_seconds"):
             start = self.server.initialize_alignment(self._progress)
+        start |= seconds if start else {}
         self._tell("on_phase", 0, "initial alignment")
         with timed(seconds, "seconds"):
             metrics = self.server.align(self.schedule.initial_alignment_steps)
-        self.initial_alignment = start | metrics | seconds
+        self.initial_alignment = start | metrics | {"seconds": seconds["seconds"]}
         self._tell("on_initial_alignment", self.initial_alignment)
         self._tell("on_state", self._state())
 

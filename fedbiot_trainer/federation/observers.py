@@ -140,7 +140,10 @@ class ShowProgress(Observer):
         self.progress.part(done, total)
 
     def on_initial_alignment(self, metrics: dict[str, float]):
-        values = [f"{name} {value:.4f}" for name, value in metrics.items() if name != "seconds"]
+        if "closed_form_l2" in metrics:
+            l2, tokens, seconds = (metrics[f"closed_form_{name}"] for name in ("l2", "tokens", "seconds"))
+            self.progress.line(f"closed form | L2 {l2:.4f} on {tokens:,.0f} public tokens | {seconds:.1f} s")
+        values = [f"{name} {metrics[name]:.4f}" for name in ("alignment_l2", "alignment_kl") if name in metrics]
         if values:
             self.progress.line(f"initial alignment | {'  '.join(values)} | {metrics['seconds']:.1f} s")
 

@@ -155,8 +155,14 @@ class _Fit:
             with linear.watched() as seen:
                 output = self.emulator.run(position, position + 1, text, self.states[i])
             if i < self.num_mine:
-                x, y = seen[0].reshape(*mask.shape, -1)[mask].float(), self._hidden(output)[mask].float()
-                target = self._hidden(self.targets[i])[mask].float()
+                x, y, target = (
+                    states.to(torch.promote_types(states.dtype, torch.float32))
+                    for states in (
+                        seen[0].reshape(*mask.shape, -1)[mask],
+                        self._hidden(output)[mask],
+                        self._hidden(self.targets[i])[mask],
+                    )
+                )
                 # As in the alignment loss, each token counts relative to its size.
                 scale = target.pow(2).mean(-1, keepdim=True).rsqrt()
                 regression.add(x * scale, (target - y) * scale / linear.factor)

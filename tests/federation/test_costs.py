@@ -268,7 +268,10 @@ def test_rounds():
         assert server["flops_per_round"] == SETTINGS["alignment_steps"] * server["flops_per_step"]
         assert server["flops_per_step"] == server["student_flops"] + server["teacher_flops"]
         num_steps = SETTINGS["initial_alignment_steps"] + SETTINGS["num_rounds"] * SETTINGS["alignment_steps"]
-        assert server["flops_of_run"] == num_steps * server["flops_per_step"] + server["flops_to_store"] + server["flops_to_start"]
+        assert (
+            server["flops_of_run"]
+            == num_steps * server["flops_per_step"] + server["flops_to_store"] + server["flops_to_start"]
+        )
 
 
 def test_only_texts_that_a_run_sees_are_stored(args):

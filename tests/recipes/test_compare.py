@@ -78,7 +78,13 @@ def test_cells_and_resume(run_compare, tmp_path):
     names = {f"{method}-beta{beta}" for method in ("fedot", "fedbiot") for beta in (0.2, 0.5)} | {"full_lora"}
     names |= {
         f"{name}-beta0.5"
-        for name in ("fedbiot_both_ends", "fedbiot_no_proximal", "fedbiot_align_once", "fedbiot_no_kl")
+        for name in (
+            "fedbiot_both_ends",
+            "fedbiot_no_proximal",
+            "fedbiot_align_once",
+            "fedbiot_no_kl",
+            "fedbiot_from_zero",
+        )
     }
     assert sorted(calls) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
     keys = {"task", "method", "beta", "seed", "adap_emu", "adap_fu", "client_flops", "bytes_per_client_round"}
