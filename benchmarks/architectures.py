@@ -245,14 +245,19 @@ def _check_teacher(model_type: str, teacher: str, folder: Path) -> tuple[bool, s
             peft_config=LoraConfig(r=2),
         )
 
-    try:
-        runner = make()
-    except ValueError as error:
-        if "alignment_kl_weight=0" not in str(error):
-            raise
-        args.alignment_kl_weight = 0.0
-        runner = make()
-    with_kl, start = args.alignment_kl_weight > 0, "closed form" if runner.server.trainer.added_linears else "zero"
+    args.alignment_init = "closed_form"
+    while True:
+        try:
+            runner = make()
+            break
+        except ValueError as error:
+            if "`alignment_init` is 'closed_form'" in str(error):
+                args.alignment_init = "zero"
+            elif "alignment_kl_weight=0" in str(error) and args.alignment_kl_weight > 0:
+                args.alignment_kl_weight = 0.0
+            else:
+                raise
+    with_kl, start = args.alignment_kl_weight > 0, args.alignment_init.replace("_", " ")
     if teacher == "online":
         report = runner.server.initialize_alignment()
         _expect(math.isfinite(report.get("closed_form_l2", 0.0)), "the closed form")
@@ -286,7 +291,7 @@ def write_table(outcomes: dict[str, Outcome]):
         "An architecture is *supported* if a model of it went through the split, beta = 0 giving the full model's logits,",
         "the emulator package and back, generation, an alignment step with each teacher, a round of a client, and the",
         "result loaded on the full model by PEFT alone. The targets are those of `LoraConfig()` without `target_modules`.",
-        "The emulator LoRA starts in closed form where a layer adds a linear's output to its own, else without effect.",
+        "The start of the emulator LoRA can be computed (`alignment_init`) where a layer adds a linear's output to its own.",
         "Experts of mixtures stay frozen: two LoRAs of one model cannot be on the experts of different layers in PEFT. What",
         "is *refused* is refused before any work, with the reason given here. It is no statement about quality.",
         "",

@@ -112,7 +112,7 @@ def _check_split(config):
             f"`emulator_lora_r` is {config.emulator_lora_r}, but a rank must be at least 1. Leave it out to take the "
             "client LoRA's rank."
         )
-    if config.alignment_init not in (None, *ALIGNMENT_INITS):
+    if config.alignment_init not in ALIGNMENT_INITS:
         raise ValueError(
             f"`alignment_init` is '{config.alignment_init}', but it must be one of {', '.join(ALIGNMENT_INITS)}."
         )

@@ -101,13 +101,12 @@ class FedBiOTConfig(
     @property
     def aligns(self) -> bool:
         """Whether the emulator is aligned in the run."""
-        steps = self.initial_alignment_steps > 0 or self.alignment_steps > 0
-        return steps or self.alignment_init == "closed_form"
+        return self.initial_alignment_steps > 0 or self.alignment_steps > 0 or self.computes_start
 
     @property
     def computes_start(self) -> bool:
-        """Whether the emulator LoRA's start is computed, if it can be."""
-        return self.aligns and self.alignment_init != "zero"
+        """Whether the emulator LoRA's start is computed."""
+        return self.alignment_init == "closed_form"
 
     def client_arguments(self) -> "FedBiOTConfig":
         """A copy for one client's local steps: `max_steps` is `local_steps`."""

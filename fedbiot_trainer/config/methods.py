@@ -85,12 +85,12 @@ METHODS = {
     "fedbiot_no_proximal": Method("FedBiOT without the proximal term", {"proximal_weight": 0.0}),
     "fedbiot_align_once": Method("FedBiOT with all alignment before the first round", align_once=True),
     "fedbiot_no_kl": Method("FedBiOT aligned by hidden states alone", {"alignment_kl_weight": 0.0}),
-    "fedbiot_from_zero": Method(
-        "FedBiOT with an emulator LoRA that starts without effect", {"alignment_init": "zero"}
+    "fedbiot_closed_form": Method(
+        "FedBiOT with a computed start of the emulator LoRA", {"alignment_init": "closed_form"}
     ),
 }
 
 
 COMPARISON = ("zero_shot", "offsite_tuning", "fedot", "fedbiot", "full_lora", "local_only")
-ABLATION = ("fedbiot_both_ends", "fedbiot_no_proximal", "fedbiot_align_once", "fedbiot_no_kl", "fedbiot_from_zero")
+ABLATION = ("fedbiot_both_ends", "fedbiot_no_proximal", "fedbiot_align_once", "fedbiot_no_kl", "fedbiot_closed_form")
 WITHOUT_EMULATOR = ("zero_shot", "full_lora")  # the same at every drop ratio

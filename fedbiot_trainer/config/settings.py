@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 PARTITIONS = ("iid", "dirichlet", "by-column")
 TEACHERS = ("cached", "online")
-ALIGNMENT_INITS = ("closed_form", "zero")
+ALIGNMENT_INITS = ("zero", "closed_form")
 ALL_LAYERS = -1
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
 UNWEIGHTED = ("median", "trimmed_mean", "multi_krum")
@@ -230,11 +230,10 @@ class AlignmentSettings:
             Steps over which the emulator LoRA's learning rate rises, at the start of the initial alignment.
         alignment_batch_size (`int`, *optional*, defaults to `8`):
             Public examples per alignment step and device.
-        alignment_init (`str`, *optional*):
-            Where the emulator LoRA starts. `"closed_form"`: each kept layer takes over, by regression on the public text,
-            what the dropped ones behind it did; forward passes alone, before the first alignment step. `"zero"`: without
-            effect, as in the paper. `None` takes `"closed_form"` where the model, its precision and its processes allow
-            it, and says where they do not.
+        alignment_init (`str`, *optional*, defaults to `"zero"`):
+            Where the emulator LoRA starts. `"zero"`: without effect, as in the paper. `"closed_form"`: each kept layer
+            takes over, by regression on the public text, what the dropped ones behind it did; forward passes alone, before
+            the first alignment step.
         alignment_init_tokens (`int`, *optional*, defaults to `100000`):
             Tokens of public text that the regression is fitted on at most.
         teacher (`str`, *optional*):
@@ -281,11 +280,11 @@ class AlignmentSettings:
         default=0, metadata={"help": "Steps over which it rises, at the start of the initial alignment."}
     )
     alignment_batch_size: int = field(default=8, metadata={"help": "Public examples per alignment step and device."})
-    alignment_init: str | None = field(
-        default=None,
+    alignment_init: str = field(
+        default="zero",
         metadata={
-            "help": "Compute the emulator LoRA's start by regression on the public text (closed_form), or start without "
-            "effect (zero). Closed form by default, where it can be.",
+            "help": "Start the emulator LoRA without effect (zero), or compute its start by regression on the public text "
+            "(closed_form).",
             "choices": list(ALIGNMENT_INITS),
         },
     )

@@ -9,7 +9,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..shared.compat import loss_is_scaled
@@ -25,9 +24,6 @@ from .split_model import SplitModel
 from .teachers import PLACE, CachedTeacher, OnlineTeacher, OnProgress, Teacher, distances
 
 
-logger = logging.get_logger(__name__)
-
-
 class EmulatorAlignmentTrainer(RoundTrainer):
     r"""
     Trains the emulator LoRA so that emulator + adapter layers behave like the full model (paper, section 4.2):
@@ -39,9 +35,6 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     What the full model makes of the public text below the adapter layers never changes. With `args.teacher="cached"` it
     is computed once, before the first step, and kept on disk for later runs; for the teacher, a step then runs the
     adapter layers alone.
-
-    The emulator LoRA does not start without effect but, where that can be computed, with what makes up for the dropped
-    layers best (`args.alignment_init`).
 
     Args:
         model (`str`, `PreTrainedModel` or [`SplitModel`]):
@@ -135,12 +128,10 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         self.teacher.prepare(max(self.total_steps, self.steps_done + self.args.max_steps), on_progress)
 
     def _find_added_linears(self) -> dict[int, AddedLinear]:
-        """Those whose LoRA can be computed; raise, or say so, if there is none."""
         if not self.args.computes_start:
             return {}
-        if shards_parameters(self.accelerator):
-            why = "under DeepSpeed ZeRO-3 and FSDP2 no layer can be run without the others"
-        else:
+        why = "under DeepSpeed ZeRO-3 and FSDP2 no layer can be run without the others"
+        if not shards_parameters(self.accelerator):
             found = find_added_linears(self.models, self.args.device)
             if found:
                 return found
@@ -148,10 +139,7 @@ class EmulatorAlignmentTrainer(RoundTrainer):
                 f"in {type(causal_lm(self.models.adap_emu)).__name__} no linear with an emulator LoRA has an output that its "
                 "layer adds to its own"
             )
-        if self.args.alignment_init == "closed_form":
-            raise ValueError(f"`alignment_init` is 'closed_form', but {why}. Leave it out, or use 'zero'.")
-        logger.warning(f"The emulator LoRA starts without effect, and is trained alone: {why}.")
-        return {}
+        raise ValueError(f"`alignment_init` is 'closed_form', but {why}. Use 'zero'.")
 
     def initialize(self, on_progress: OnProgress | None = None) -> dict[str, float]:
         """

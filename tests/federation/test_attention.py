@@ -78,7 +78,7 @@ def same_run(make_runner, tmp_path, one: dict, other: dict, kernels=(None, None)
         runner = make_runner(
             output_dir=str(tmp_path / name),
             teacher_cache_dir=str(tmp_path / name),
-            **{"num_rounds": 1, "adam_epsilon": 1e-3, "alignment_init": "zero", **settings},
+            **{"num_rounds": 1, "adam_epsilon": 1e-3, **settings},
         )
         with sdpa_kernel(kernel or DEFAULT_KERNELS):
             summaries.append(runner.train())

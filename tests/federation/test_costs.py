@@ -180,13 +180,19 @@ def test_local_step_of_full_finetuning(make_baseline):
 def test_alignment_step(make_alignment, tmp_path, name, teacher):
     trainer, costs = make_alignment(planned(name).build(), teacher=teacher), planned(name).server[teacher]
     assert flops_of(trainer.prepare_teacher) == costs["flops_to_store"]
-    if trainer.added_linears:  # behind Gemma's is a norm
-        assert flops_of(trainer.initialize) == pytest.approx(costs["flops_to_start"], rel=0.01)
     assert flops_of(trainer.train) == pytest.approx(
         costs["flops_per_step"], rel=0.01
     )  # and the client LoRA is folded once
     on_disk = sum(file.stat().st_size for file in (tmp_path / "teacher").rglob("*.safetensors"))
     assert on_disk == pytest.approx(costs["store_bytes"], rel=0.02)
+
+
+def test_closed_form_of_the_start(args, make_alignment):
+    costs = plan(small(), args(alignment_init="closed_form"), lora(), public_examples=EXAMPLES)
+    trainer = make_alignment(small(), alignment_init="closed_form")
+    trainer.prepare_teacher()
+    assert flops_of(trainer.initialize) == pytest.approx(costs["server"]["cached"]["flops_to_start"], rel=0.01)
+    assert planned("llama").server["cached"]["flops_to_start"] == 0
 
 
 def test_settings_of_the_steps(args, make_client, make_alignment):
@@ -195,7 +201,6 @@ def test_settings_of_the_steps(args, make_client, make_alignment):
     assert flops_of(make_client(small(), **changes).train) == costs["clients"]["fedbiot"]["flops_per_step"]
     trainer = make_alignment(small(), **changes)
     trainer.prepare_teacher()
-    trainer.initialize()
     assert flops_of(trainer.train) == pytest.approx(
         costs["server"]["cached"]["flops_per_step"], rel=0.01
     )  # and the client LoRA is folded once

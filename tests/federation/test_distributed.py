@@ -55,8 +55,7 @@ def flags_of(files, folder, batch_sizes, base="base", **settings):
         "per_device_train_batch_size": batch_sizes[0], "alignment_batch_size": batch_sizes[1], "learning_rate": 2e-3,
         # An epsilon that keeps AdamW from blowing up the rounding of gradients near zero.
         "alignment_learning_rate": 2e-3, "adam_epsilon": 1e-3, "proximal_weight": 0.5, "report_to": "none", "use_cpu": "true", "dtype": "auto",
-        "eval_metric": "exact_match", "eval_max_new_tokens": 3, "teacher_cache_dir": folder / "cache",
-        "alignment_init": "zero", **settings,
+        "eval_metric": "exact_match", "eval_max_new_tokens": 3, "teacher_cache_dir": folder / "cache", **settings,
     }  # fmt: skip
     flags = [
         "--model_name_or_path", files / base, "--output_dir", folder / "out",

@@ -83,7 +83,7 @@ def test_cells_and_resume(run_compare, tmp_path):
             "fedbiot_no_proximal",
             "fedbiot_align_once",
             "fedbiot_no_kl",
-            "fedbiot_from_zero",
+            "fedbiot_closed_form",
         )
     }
     assert sorted(calls) == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))

@@ -1,7 +1,5 @@
 """The start of the emulator LoRA that is computed by regression."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from accelerate import Accelerator
 from conftest import ARCHITECTURES, LORA, base_tensors, changed, sums, tiny_model
 from peft import LoraConfig
 
+from fedbiot_trainer.server import alignment
 from fedbiot_trainer.server.capture import capture, causal_lm, run_full_model
 from fedbiot_trainer.server.closed_form import RIDGE, Regression, find_added_linears, start_in_closed_form
 from fedbiot_trainer.server.split_model import SplitModel
@@ -232,26 +231,32 @@ def test_alignment_goes_on_from_it(make_alignment):
 
 
 def test_as_many_texts_as_are_asked_for(make_alignment):
-    trainer = make_alignment(alignment_init_tokens=20)
+    trainer = make_alignment(alignment_init="closed_form", alignment_init_tokens=20)
     report = trainer.initialize()
     assert 20 <= report["closed_form_tokens"] < 20 + max(map(len, trainer.train_dataset["input_ids"]))
 
 
 def test_zero_starts_without_effect(make_alignment):
-    trainer = make_alignment(alignment_init="zero")
+    trainer = make_alignment()
     assert trainer.initialize() == {}
     assert not any(tensor.any() for key, tensor in get_lora_state(trainer.model, EMULATOR).items() if "lora_B" in key)
 
 
-def test_where_it_cannot_be_computed(make_alignment, caplog):
+def test_where_it_cannot_be_computed(make_alignment, monkeypatch):
     gemma = tiny_model("gemma2", **ARCHITECTURES["gemma2"])
-    with caplog.at_level(logging.WARNING, "fedbiot_trainer"):
-        assert make_alignment(model=gemma).initialize() == {}
-    assert "starts without effect, and is trained alone: in Gemma2ForCausalLM no linear" in caplog.text
-    with pytest.raises(
-        ValueError, match="`alignment_init` is 'closed_form', but in Gemma2ForCausalLM .* or use 'zero'"
-    ):
+    with pytest.raises(ValueError, match="`alignment_init` is 'closed_form', but in Gemma2ForCausalLM .* Use 'zero'"):
         make_alignment(model=gemma, alignment_init="closed_form")
+    monkeypatch.setattr(alignment, "shards_parameters", lambda accelerator: True)
+    with pytest.raises(ValueError, match="`alignment_init` is 'closed_form', but under DeepSpeed ZeRO-3 and FSDP2"):
+        make_alignment(alignment_init="closed_form")
+
+
+def test_a_resumed_run_does_not_compute_it_again(make_runner, monkeypatch):
+    settings = {"alignment_init": "closed_form", "initial_alignment_steps": 0}
+    make_runner(num_rounds=1, **settings).train()
+    monkeypatch.setattr(alignment, "start_in_closed_form", lambda *args: pytest.fail("computed again"))
+    summary = make_runner(num_rounds=2, resume_from_checkpoint=True, **settings).train()
+    assert summary.rounds == 2 and summary.initial_alignment["closed_form_l2"] > 0
 
 
 def test_a_run_without_alignment_steps(make_runner):

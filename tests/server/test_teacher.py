@@ -118,7 +118,6 @@ def test_cached_and_online_give_the_same(make_trainer, settings):
 def test_full_model_is_not_run_in_the_steps(make_trainer):
     trainer = make_trainer()
     trainer.prepare_teacher()
-    trainer.initialize()
     models = trainer.models
     layers = models.adap_fu.get_base_model().model.layers
     for index in models.split.dropped:

@@ -30,7 +30,7 @@ def break_loss(monkeypatch, trainer, step):
 
 
 def test_alignment_that_diverges_ends_the_run(make_runner, monkeypatch):
-    run = make_runner(initial_alignment_steps=5, alignment_init="zero")
+    run = make_runner(initial_alignment_steps=5)
     before = {key: tensor.clone() for key, tensor in run.server.emulator_lora.items()}
     break_loss(monkeypatch, run.server.trainer, 3)
     with pytest.raises(
