@@ -241,6 +241,11 @@ def package(make_alignment, tmp_path):
     return str(tmp_path / "package")
 
 
+# Alignment that sees all of `make_runner`'s public text before the first round. Runs of different lengths then compute
+# their hidden states in the same batches, and so to the same bits on every CPU.
+ALL_PUBLIC_TEXT = {"initial_alignment_steps": 8}
+
+
 @pytest.fixture
 def make_runner(make_args, tokenizer):
     def make(model=None, client_datasets=None, peft_config=None, callbacks=None, **changes):

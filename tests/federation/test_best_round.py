@@ -3,7 +3,7 @@ import logging
 
 import pytest
 import torch
-from conftest import sums
+from conftest import ALL_PUBLIC_TEXT, sums
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fedbiot_trainer.federation.state import FederationState
@@ -122,12 +122,13 @@ def test_not_a_number_is_never_the_best(make_runner, losses):
 
 @pytest.mark.parametrize("stopped_after", [1, 2, 4])
 def test_a_resumed_run_has_the_same_best_round(make_runner, losses, tmp_path, stopped_after):
-    whole, watch = watched(make_runner, losses, LOSSES[:4], output_dir=str(tmp_path / "whole"))
+    whole, watch = watched(make_runner, losses, LOSSES[:4], output_dir=str(tmp_path / "whole"), **ALL_PUBLIC_TEXT)
     whole.train()
-    first, _ = watched(make_runner, losses, LOSSES[:4], num_rounds=stopped_after, save_total_limit=1)
+    settings = {"save_total_limit": 1, **ALL_PUBLIC_TEXT}
+    first, _ = watched(make_runner, losses, LOSSES[:4], num_rounds=stopped_after, **settings)
     first.train()
     assert FederationState.load_newest(first.folder.state).best.server_round == min(stopped_after, 2)
-    again, watch_again = watched(make_runner, losses, LOSSES[:4], resume_from_checkpoint=True, save_total_limit=1)
+    again, watch_again = watched(make_runner, losses, LOSSES[:4], resume_from_checkpoint=True, **settings)
     summary = again.train()
     assert summary.best_round == 2 and again.state.best_global_step == 2 and again.state.best_metric == 2.0
     assert_result_is(again, watch.client[1], watch.emulator[1])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same, random_lora, sums, tiny_model
+from conftest import ALL_PUBLIC_TEXT, assert_same, random_lora, sums, tiny_model
 from peft import LoraConfig
 
 from fedbiot_trainer import ClientSFTTrainer, ClientUpdate, EmulatorPackage, FederatedClient, RoundStart
@@ -159,10 +159,12 @@ def test_client_of_a_server_with_another_setting(make_runner, make_args, tokeniz
 
 
 def test_fixed_a_resumes_as_it_was(make_runner, tmp_path):
-    whole = make_runner(freeze_a=True, num_rounds=3, output_dir=str(tmp_path / "whole"))
+    settings = {"freeze_a": True, **ALL_PUBLIC_TEXT}
+    whole = make_runner(num_rounds=3, output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
-    make_runner(freeze_a=True, num_rounds=1, output_dir=str(tmp_path / "cut")).train()
-    resumed = make_runner(freeze_a=True, num_rounds=3, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True)
+    settings["output_dir"] = str(tmp_path / "cut")
+    make_runner(num_rounds=1, **settings).train()
+    resumed = make_runner(num_rounds=3, resume_from_checkpoint=True, **settings)
     # Another start of A than the run's own would not be noticed otherwise.
     resumed.trainer.package_lora = {key: t + 1 for key, t in resumed.trainer.package_lora.items()}
     resumed.train()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sums
+from conftest import ALL_PUBLIC_TEXT, sums
 from transformers import TrainerCallback
 
 from fedbiot_trainer.federation.interruption import RunInterrupted
@@ -139,10 +139,10 @@ def test_signal_while_evaluating(make_runner, whole, monkeypatch):
 
 def test_more_rounds(make_runner, tmp_path):
     """With constant schedules, a finished run goes on as if it had been longer from the start."""
-    long = make_runner(output_dir=str(tmp_path / "long"), num_rounds=4)
+    long = make_runner(output_dir=str(tmp_path / "long"), num_rounds=4, **ALL_PUBLIC_TEXT)
     long.train()
-    make_runner(num_rounds=2).train()
-    more = make_runner(num_rounds=4, resume_from_checkpoint=True, report_to="none", logging_steps=3)
+    make_runner(num_rounds=2, **ALL_PUBLIC_TEXT).train()
+    more = make_runner(num_rounds=4, resume_from_checkpoint=True, logging_steps=3, **ALL_PUBLIC_TEXT)
     more.train()
     for key, tensor in long.server.client_lora.items():
         assert torch.equal(more.server.client_lora[key], tensor)
