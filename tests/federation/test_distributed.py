@@ -130,7 +130,7 @@ def test_two_processes_compute_the_same_start(files, tmp_path):
 
 
 @pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"),
-                                          ("zero3_init", "DEEPSPEED"), ("fsdp2", "FSDP")])  # fmt: skip
+                                          pytest.param("zero3_init", "DEEPSPEED", marks=pytest.mark.slow), ("fsdp2", "FSDP")])  # fmt: skip
 def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config, kind):
     if kind == "DEEPSPEED":
         pytest.importorskip("deepspeed")
