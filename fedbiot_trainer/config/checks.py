@@ -3,16 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .settings import (
-    ADAPTIVE,
-    AGGREGATION_WEIGHTS,
-    AGGREGATIONS,
-    ALIGNMENT_INITS,
-    ALL_LAYERS,
-    PARTITIONS,
-    TEACHERS,
-    UNWEIGHTED,
-)
+from .aggregation import ADAPTIVE, AGGREGATION_WEIGHTS, AGGREGATIONS, UNWEIGHTED
+from .settings import ALIGNMENT_INITS, ALL_LAYERS, PARTITIONS, TEACHERS
 from .training_arguments import refusals
 
 

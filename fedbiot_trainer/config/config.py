@@ -9,15 +9,9 @@ from transformers import SchedulerType
 from trl import SFTConfig
 
 from . import training_arguments
+from .aggregation import AggregationSettings
 from .checks import check_batches, check_config
-from .settings import (
-    AggregationSettings,
-    AlignmentSettings,
-    EvaluationSettings,
-    FederationSettings,
-    PartitionSettings,
-    SplitSettings,
-)
+from .settings import AlignmentSettings, EvaluationSettings, FederationSettings, PartitionSettings, SplitSettings
 
 
 @dataclass

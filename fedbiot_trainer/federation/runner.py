@@ -21,10 +21,7 @@ from transformers.utils import logging
 from ..client.client import FederatedClient
 from ..client.trainer import ClientSFTTrainer
 from ..config import FedBiOTConfig
-from ..data.partition import name_client_datasets
-from ..data.sets import name_eval_sets, name_texts
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.text_metric import TextMetric
 from ..output.hub import push_folder
 from ..output.progress import RunProgress, no_progress_bars, reported
 from ..output.run_folder import RunFolder
@@ -36,7 +33,6 @@ from ..shared.precision import warn_of_slow_bf16
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection
-from ..shared.texts import check_chat_template, check_texts
 from ..shared.tokenizers import prepare_tokenizer
 from ..wire.package import load_model
 from .interruption import Interruption
@@ -45,6 +41,7 @@ from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, Wri
 from .participation import Participation
 from .pool import LocalClients
 from .resume import check_settings, find_state, run_settings
+from .run_texts import RunTexts
 from .state import FederationState
 from .summary import summarize
 
@@ -108,26 +105,8 @@ class FederatedRunner:
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config.name_or_path)
         if not args.resume_from_checkpoint:
             self.folder.check_free()
-        client_datasets = name_client_datasets(client_datasets, train_dataset, args)
-        if args.min_train_clients > len(client_datasets):
-            raise ValueError(
-                f"`min_train_clients` is {args.min_train_clients}, but there are {len(client_datasets)} clients. Lower it."
-            )
-        unknown = sorted(args.ranks.keys() - client_datasets.keys())
-        if unknown:
-            raise ValueError(
-                f"`client_ranks` names {', '.join(unknown)}, but the clients are {', '.join(client_datasets)}."
-            )
-        if args.eval_drift and eval_dataset is None:
-            raise ValueError("`eval_drift` is True, but `eval_dataset` is None. Pass held-out text, or leave it out.")
-        eval_sets, text_metrics = name_eval_sets(eval_dataset), {}
-        if args.eval_metric is not None:
-            text_metrics = {name: TextMetric(args, dataset) for name, dataset in (eval_sets or {"": None}).items()}
-        self.selection = choose_selection(args, eval_sets, callbacks or [])
-        texts = name_texts(eval_sets, public_dataset if args.aligns else None)
-        for name, dataset in texts.items():
-            check_texts(dataset, name, args.dataset_text_field)
-        texts |= {f"client '{name}'": dataset for name, dataset in client_datasets.items()}
+        texts = RunTexts.of(args, client_datasets, train_dataset, public_dataset, eval_dataset)
+        self.selection = choose_selection(args, texts.eval_sets, callbacks or [])
 
         set_seed(args.seed)
         with no_progress_bars():
@@ -138,8 +117,7 @@ class FederatedRunner:
             if processing_class is None:
                 raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
             processing_class = prepare_tokenizer(processing_class, args)
-            for name, dataset in texts.items():
-                check_chat_template(dataset, name, processing_class, args.dataset_text_field)
+            texts.check_chat_template(processing_class, args.dataset_text_field)
             if isinstance(model, str):
                 model = load_model(model, **init_kwargs)
             warn_of_slow_bf16(args.device, args.bf16 or model.dtype == torch.bfloat16)
@@ -150,17 +128,17 @@ class FederatedRunner:
             self.trainer = ClientSFTTrainer(
                 self.server.models.adap_emu,
                 inner_args,
-                next(iter(client_datasets.values())).select([0]),  # clients bring their own
+                next(iter(texts.clients.values())).select([0]),  # clients bring their own
                 share_accelerator=self.server.trainer,
                 processing_class=processing_class,
             )
             self.clients = {
                 name: FederatedClient(name, self.trainer, dataset, args.ranks.get(name))
-                for name, dataset in client_datasets.items()
+                for name, dataset in texts.clients.items()
             }
             self.evaluator = None
-            if eval_dataset is not None:
-                self.evaluator = Evaluator(self.server.models, self.trainer, eval_sets, text_metrics)
+            if texts.eval_sets:
+                self.evaluator = Evaluator(self.server.models, self.trainer, texts.eval_sets, texts.metrics)
         self.console = Console(force_terminal=False if args.disable_tqdm else None)
         self.interruption = Interruption()
         for trainer in filter(None, (self.trainer, self.server.trainer)):

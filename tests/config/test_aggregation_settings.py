@@ -1,6 +1,6 @@
 import pytest
 
-from fedbiot_trainer.config.settings import AGGREGATIONS
+from fedbiot_trainer.config.aggregation import AGGREGATIONS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Launched by federation/test_distributed.py in several processes: metrics of generated text, one file of results for each."""
+"""Launched by federation/test_two_processes.py in several processes: metrics of generated text, one file of results for each."""
 
 import argparse
 import json

@@ -1,5 +1,5 @@
 """
-Launched by test_distributed.py in several processes: a run of a tiny model with a callback that watches it.
+Launched by test_two_processes.py in several processes: a run of a tiny model with a callback that watches it.
 
 `--watch memory` prints the resident memory of the main process after every round, `--watch fail` lets the last process
 fail in the second round, `--watch patience` ends the run after two rounds without a gain, of which none has one.

@@ -1,5 +1,5 @@
 """
-Launched by test_distributed.py in several processes: `fsdp_run.py CONFIG SCRIPT ...` runs a script under the FSDP
+Launched by launches.py in several processes: `fsdp_run.py CONFIG SCRIPT ...` runs a script under the FSDP
 settings of an Accelerate configuration, on the CPU, where Accelerate would take DDP.
 """
 

@@ -9,7 +9,7 @@ import torch
 from conftest import random_lora
 
 from fedbiot_trainer import ClientUpdate
-from fedbiot_trainer.config.settings import AGGREGATIONS, AggregationSettings
+from fedbiot_trainer.config.aggregation import AGGREGATIONS, AggregationSettings
 from fedbiot_trainer.federation.state import FederationState
 from fedbiot_trainer.server.aggregation import make_aggregator
 from fedbiot_trainer.server.aggregation.svd import truncated_product

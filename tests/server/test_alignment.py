@@ -3,7 +3,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import LORA, assert_same_model, base_tensors, changed, logged, random_lora, randomize, sums, tiny_model
+from conftest import (
+    HALF_THE_DIGITS,
+    LORA,
+    assert_same_model,
+    base_tensors,
+    changed,
+    logged,
+    random_lora,
+    randomize,
+    sums,
+    tiny_model,
+)
 from peft import LoraConfig
 from torch.nn import functional as F
 
@@ -17,6 +28,9 @@ from fedbiot_trainer.server.capture import run_full_model
 from fedbiot_trainer.shared.lora_layers import folded_loras
 from fedbiot_trainer.shared.lora_state import get_lora_state
 from fedbiot_trainer.shared.losses import hidden_state_loss
+
+
+FLOAT32 = torch.finfo(torch.float32).eps
 
 
 def test_alignment_trains_the_emulator_lora_alone(make_alignment, model):
@@ -43,7 +57,7 @@ def test_alignment_brings_the_emulator_closer(make_alignment):
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_alignment_loss_is_the_formula(make_alignment, batch, weight):
-    trainer = make_alignment(alignment_kl_weight=weight)
+    trainer = make_alignment(model=tiny_model(dtype=torch.float64), alignment_kl_weight=weight)
     trainer.train()
     full, student, mask = trainer.models.adap_fu.eval(), trainer.model.eval(), batch["attention_mask"]
     with torch.no_grad():
@@ -54,7 +68,7 @@ def test_alignment_loss_is_the_formula(make_alignment, batch, weight):
         kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
         expected += weight * kl[mask.bool()].sum()
         loss = trainer.compute_loss(student, dict(batch))
-    assert loss.item() == pytest.approx((expected / mask.sum()).item(), rel=1e-5)
+    assert loss.item() == pytest.approx((expected / mask.sum()).item(), rel=4 * FLOAT32)  # in which it is summed
 
 
 def test_teacher_is_the_full_model_with_the_current_client_lora(make_alignment, batch):
@@ -75,7 +89,7 @@ def test_alignment_with_a_folded_client_lora(make_alignment, monkeypatch, teache
         models = []
         monkeypatch.setattr(alignment, "folded_loras", lambda *args: models.append(args) or fold(*args))
         torch.manual_seed(0)
-        trainer = make_alignment(teacher=teacher)
+        trainer = make_alignment(model=tiny_model(dtype=torch.float64), teacher=teacher)
         trainer.models.plug_in(*randomize(trainer.model, "client"))
         trainer.train()
         assert len(models) == num_models
@@ -83,9 +97,9 @@ def test_alignment_with_a_folded_client_lora(make_alignment, monkeypatch, teache
 
     (metrics, lora), (expected_metrics, expected) = train(folded_loras), train(lambda *args: nullcontext())
     for name, values in expected_metrics.items():
-        assert metrics[name] == pytest.approx(values, rel=1e-4)
+        assert metrics[name] == pytest.approx(values, rel=4 * FLOAT32)
     for name, tensor in expected.items():
-        torch.testing.assert_close(lora[name], tensor, rtol=0, atol=1e-4)
+        assert torch.allclose(lora[name], tensor, rtol=0, atol=HALF_THE_DIGITS)
 
 
 def test_no_emulator_to_align(make_alignment):

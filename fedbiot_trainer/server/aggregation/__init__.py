@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...config.settings import AggregationSettings
+from ...config.aggregation import AggregationSettings
 from .capped import CappedAverage
 from .fedadagrad import FedAdagrad
 from .fedadam import FedAdam

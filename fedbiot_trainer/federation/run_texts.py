@@ -1,0 +1,72 @@
+"""All text of a run, named and checked before anything is loaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..config import FedBiOTConfig
+from ..data.partition import name_client_datasets
+from ..data.sets import name_eval_sets, name_texts
+from ..evaluation.text_metric import TextMetric
+from ..shared.texts import check_chat_template, check_texts
+
+
+@dataclass
+class RunTexts:
+    """
+    Attributes:
+        clients (`dict[str, Dataset]`): Private text of each client.
+        eval_sets (`dict[str, Dataset]`): Held-out text by name; a set that is alone has an empty one.
+        metrics (`dict[str, TextMetric]`): What is generated on each of them, if anything is.
+        public (`Dataset`, *optional*): Public text, if the run aligns.
+    """
+
+    clients: dict[str, Dataset]
+    eval_sets: dict[str, Dataset]
+    metrics: dict[str, TextMetric]
+    public: Dataset | None
+
+    @classmethod
+    def of(
+        cls,
+        args: FedBiOTConfig,
+        client_datasets: Mapping[str, Dataset] | Sequence[tuple[str, Dataset]] | None,
+        train_dataset: Dataset | None,
+        public_dataset: Dataset | None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None,
+    ) -> "RunTexts":
+        """
+        The text that a [`FederatedRunner`] is given, which has its arguments.
+
+        Raises:
+            TypeError, ValueError: If a dataset cannot work, or a setting does not fit the clients or the sets.
+        """
+        clients = name_client_datasets(client_datasets, train_dataset, args)
+        if args.min_train_clients > len(clients):
+            raise ValueError(
+                f"`min_train_clients` is {args.min_train_clients}, but there are {len(clients)} clients. Lower it."
+            )
+        unknown = sorted(args.ranks.keys() - clients.keys())
+        if unknown:
+            raise ValueError(f"`client_ranks` names {', '.join(unknown)}, but the clients are {', '.join(clients)}.")
+        if args.eval_drift and eval_dataset is None:
+            raise ValueError("`eval_drift` is True, but `eval_dataset` is None. Pass held-out text, or leave it out.")
+        eval_sets, metrics = name_eval_sets(eval_dataset), {}
+        if args.eval_metric is not None:
+            metrics = {name: TextMetric(args, dataset) for name, dataset in (eval_sets or {"": None}).items()}
+        texts = cls(clients, eval_sets, metrics, public_dataset if args.aligns else None)
+        for name, dataset in name_texts(eval_sets, texts.public).items():
+            check_texts(dataset, name, args.dataset_text_field)
+        return texts
+
+    def check_chat_template(self, tokenizer: PreTrainedTokenizerBase, text_field: str):
+        """
+        Raises:
+            ValueError: If a dataset is conversational, and the tokenizer has no template for it.
+        """
+        texts = name_texts(self.eval_sets, self.public)
+        texts |= {f"client '{name}'": dataset for name, dataset in self.clients.items()}
+        for name, dataset in texts.items():
+            check_chat_template(dataset, name, tokenizer, text_field)
