@@ -23,8 +23,9 @@ install: $(VENV)/.installed
 demo: $(VENV)/.runtime
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/fedbiot_sft.py
 
-# Two processes; the tests of a file stay together, with what its fixtures have launched.
-PYTEST := python -m pytest -n 2 --dist loadfile
+# Two processes. The tests of a file stay together, with what its fixtures have launched; files in their order, in which
+# short ones end the run, so that no process waits long for the other.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not trains"
 
 test: install

@@ -96,11 +96,12 @@ def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config,
     assert all(torch.equal(packages[0][key], tensor) for key, tensor in packages[1].items())
 
 
+@pytest.mark.slow
 def test_two_processes_with_an_online_teacher(files, tmp_path, one_process):
     assert_same_run(run_two(files, tmp_path, "ddp", teacher="online"), *one_process)
 
 
-@pytest.mark.parametrize("method, config", [("fedot", "ddp"), ("local_only", "ddp"), ("full_lora", "zero3")])
+@pytest.mark.parametrize("method, config", [("fedot", "ddp"), *(pytest.param(*run, marks=pytest.mark.slow) for run in [("local_only", "ddp"), ("full_lora", "zero3")])])  # fmt: skip
 def test_methods_give_in_two_processes_what_they_give_in_one(files, tmp_path, method, config):
     if config != "ddp":
         pytest.importorskip("deepspeed")
@@ -126,6 +127,7 @@ def test_fixed_a_where_processes_share_the_work_or_the_parameters(files, tmp_pat
         assert "lora_A" not in key or torch.equal(states[0][key], expected)
 
 
+@pytest.mark.slow
 def test_fsdp2_with_mixed_precision(files, tmp_path):
     """Without a proximal term, so that FSDP2 alone makes the gradients of what it first saw frozen."""
     settings = {"teacher": "online", "proximal_weight": 0}
