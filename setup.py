@@ -31,7 +31,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=2.0",
         "packaging>=23.0",
-        "peft>=0.20,<1",
+        "peft>=0.19,<1",
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.8",

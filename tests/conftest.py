@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import fedbiot_trainer
 from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig, FederatedRunner
 from fedbiot_trainer.server.split_model import SplitModel
+from fedbiot_trainer.shared import compat
 from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora, set_lora_state
 
 
@@ -79,6 +80,7 @@ ARCHITECTURES = {
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(FedBiOTConfig, name)
 )
+needs_experts = pytest.mark.skipif(compat.EXPERTS.applies, reason=f"this version of PEFT {compat.EXPERTS.why}")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 
 

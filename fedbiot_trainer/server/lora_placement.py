@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+import peft
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..shared.compat import loads_loras
 from ..shared.quantized import is_linear
 from .lora_options import check_lora_options
 from .lora_targets import output_linear, renamed_by_peft, usable_linears, weight_is_taken
@@ -120,6 +122,11 @@ def place_loras(
         configs["emulator_peft_config"] = emulator_peft_config
     for argument, config in configs.items():
         check_lora_options(config, argument)
+    if not loads_loras(model):
+        raise ValueError(
+            f"`model` is {type(model).__name__}, a mixture of experts, of which PEFT {peft.__version__} can load no LoRA "
+            "with this version of transformers. Upgrade it: `pip install 'peft>=0.20'`."
+        )
     client = place_lora(peft_config, model, split, split.adapter_indices)
     emulator = None
     if split.kept:

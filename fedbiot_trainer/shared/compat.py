@@ -12,10 +12,12 @@ function here: nothing else asks for a version.
 
 import copy
 import importlib.metadata
+import platform
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -24,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
 # The versions whose source was read, and where it is.
@@ -87,7 +89,21 @@ GROUPED_HEADS = Difference(
     link=_GITHUB + "pytorch/pytorch/blob/v2.12.0/torch/utils/flop_counter.py",
     test="test_attention_with_grouped_heads_is_counted",
 )
-DIFFERENCES = (FUSED_HEAD, SCALED_LOSS, GROUPED_HEADS)
+EXPERTS = Difference(
+    library="peft",
+    before="0.20",
+    why="loads no LoRA of a model whose experts' weights transformers fuses as it reads them",
+    link=_GITHUB + "huggingface/peft/blob/v0.20.0/src/peft/utils/transformers_weight_conversion.py",
+    test="test_mixtures_of_experts_are_refused_where_peft_cannot_load_them",
+)
+CPU_CAPABILITIES = Difference(
+    library="torch",
+    before="2.13",
+    why="tells some instructions of the CPU one by one, and only those of x86",
+    link=_GITHUB + "pytorch/pytorch/blob/v2.13.0/torch/cpu/__init__.py",
+    test="test_instructions_for_bfloat16_are_found",
+)
+DIFFERENCES = (FUSED_HEAD, SCALED_LOSS, GROUPED_HEADS, EXPERTS, CPU_CAPABILITIES)
 
 
 @dataclass(frozen=True)
@@ -219,6 +235,8 @@ USES = (
     Use("deepspeed.runtime.zero.partition_parameters", "ds_shape", "its shape before ZeRO-3 had it", "test_rounds"),
     # Others.
     Use("torch.optim.lr_scheduler", "LRScheduler._last_lr", "what Trainer logs", "test_schedule_runs_over_all_rounds"),
+    Use("torch.cpu", "_is_avx512_bf16_supported", "a warning of slow runs", "test_instructions_for_bfloat16_are_found"),
+    Use("torch.cpu", "_is_amx_tile_supported", "a warning of slow runs", "test_instructions_for_bfloat16_are_found"),
     Use("torch.storage", "UntypedStorage._cdata", "which tensors share memory, on the meta device too",
         "test_costs_of_a_real_run"),
     Use("torch", "_grouped_mm", "counted for mixtures of experts", "test_mixture_of_experts"),
@@ -316,6 +334,34 @@ def add_fused_lm_head(model: PreTrainedModel, outputs: tuple[str, ...]):
         return SimpleNamespace(log_probs=torch.cat(found).view(shape))
 
     model.forward = forward
+
+
+def worker_settings(args: TrainingArguments) -> dict[str, Any]:
+    """What a `DataLoader` is to be told of its workers, as far as this version has settings for it."""
+    names = ("num_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+    return {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16, as far as torch can tell."""
+    if CPU_CAPABILITIES.applies:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return True
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+def loads_loras(model: PreTrainedModel) -> bool:
+    """Whether PEFT can load a LoRA of this model, of whatever layers."""
+    if not EXPERTS.applies:
+        return True
+    from peft.utils.transformers_weight_conversion import build_peft_weight_mapping, get_model_conversion_mapping
+
+    try:
+        build_peft_weight_mapping(get_model_conversion_mapping(model), "default")
+    except TypeError:  # of a constructor of transformers, which has no such argument any more
+        return False
+    return True
 
 
 def attention_flops() -> dict[Callable, Callable]:

@@ -18,7 +18,7 @@ from transformers.utils import is_liger_kernel_available, logging
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
-from .compat import ignore_in_ddp, set_rates
+from .compat import ignore_in_ddp, set_rates, worker_settings
 from .lora_state import CLIENT, set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, local_part, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
@@ -254,11 +254,8 @@ class RoundTrainer(SFTTrainer):
             self._remove_unused_columns(self.train_dataset, description="training"),
             batch_sampler=self.step_sampler(self.steps_done, stop, self.accelerator.process_index),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            in_order=self.args.dataloader_in_order,
+            **worker_settings(self.args),
         )
         # The sampler gives each process its own batches; there is nothing left to distribute.
         return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)

@@ -1,12 +1,14 @@
 import pytest
-from conftest import assert_same_model, random_lora, tiny_model
+from conftest import assert_same_model, needs_experts, random_lora, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedbiot_trainer.server.lora_placement import LoraPlacement, check_placement, place_loras
 from fedbiot_trainer.server.split import choose_split
 from fedbiot_trainer.server.split_model import SplitModel
+from fedbiot_trainer.shared import compat
 from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora
 from fedbiot_trainer.wire.package import EmulatorPackage
 
@@ -44,6 +46,24 @@ def settings_of(model, lora_name="client"):
     return [(m.r[lora_name], m.scaling[lora_name]) for m in model.modules() if getattr(m, "r", {}).get(lora_name)]
 
 
+def test_mixtures_of_experts_are_refused_where_peft_cannot_load_them(monkeypatch):
+    def of_old(conversions, adapter_name):
+        if any(conversion.operations for conversion in conversions if hasattr(conversion, "operations")):
+            raise TypeError("WeightConverter.__init__() got an unexpected keyword argument 'distributed_operation'")
+
+    if not compat.EXPERTS.applies:
+        monkeypatch.setattr(compat.Difference, "applies", True)
+        monkeypatch.setattr(transformers_weight_conversion, "build_peft_weight_mapping", of_old)
+    model = tiny_model("mixtral", **MIXTURES["mixtral"])
+    with pytest.raises(
+        ValueError, match="MixtralForCausalLM, a mixture of experts, of which PEFT .* can load no LoRA"
+    ):
+        place_loras(model, choose_split(model, 2, 0.5), LoraConfig())
+    model = tiny_model()
+    place_loras(model, choose_split(model, 2, 0.5), LoraConfig())
+
+
+@needs_experts
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("model_type", MIXTURES)
@@ -62,6 +82,7 @@ def test_mixtures_of_experts_have_the_loras_on_their_layers(model_type, targets,
     assert_same_model(models.adap_fu, plain, batch)
 
 
+@needs_experts
 def test_frozen_experts_are_told(monkeypatch):
     told = []
     monkeypatch.setattr("fedbiot_trainer.server.lora_placement.logger.warning_once", told.append)
@@ -174,6 +195,7 @@ def test_each_lora_with_paths_of_its_own():
     assert layers_of(models.adap_emu, "emulator") == [0, 1, 2]
 
 
+@needs_experts
 @pytest.mark.parametrize(
     "targets", [["q_proj", "gate_proj", "up_proj", "down_proj"], ["gate_proj"], r".*\.(q|gate)_proj"]
 )

@@ -28,6 +28,7 @@ from fedbiot_trainer.shared.compat import (
     attention_flops,
     children,
     copy_module,
+    cpu_has_bf16,
     has_forward_hooks,
     ignore_in_ddp,
     loss_is_scaled,
@@ -169,6 +170,12 @@ def test_attention_with_grouped_heads_is_counted(versions):
         torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0].sum().backward()
     products, one = 2 + 5, 2 * (2 * 4) * (6 * 10) * 8  # forward and backward; batch and heads, lengths, size of a head
     assert counter.get_total_flops() == products * one
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the CPU is asked through Linux")
+def test_instructions_for_bfloat16_are_found(versions):
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split()
+    assert cpu_has_bf16() == any("bf16" in flag for flag in flags)
 
 
 def test_loss_of_a_trainers_own_is_not_divided_again(versions, tmp_path):
