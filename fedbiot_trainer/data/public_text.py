@@ -57,6 +57,22 @@ def read_public(
     return (parts[0] if len(parts) == 1 else _concatenated(parts, sources, text_field)), lines
 
 
+def hold_out_public(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    Hold out `size` examples: what is left to align on, and these.
+
+    Raises:
+        ValueError: If nothing would be left.
+    """
+    if size >= len(dataset):
+        raise ValueError(
+            f"`public_eval_size` is {size}, but `public_dataset` has {len(dataset)} examples, of which some must be left to "
+            "align on. Lower it, or pass more public text."
+        )
+    parts = dataset.train_test_split(test_size=size, seed=seed)
+    return parts["train"], parts["test"]
+
+
 def _counts(lengths: Sequence[int], sources: Sequence[PublicSource], limit: int | None) -> list[int]:
     """Rows to take of each source: the most that keep the fractions, or all of them without any."""
     weights = [

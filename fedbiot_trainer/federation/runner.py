@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -21,6 +22,8 @@ from transformers.utils import logging
 from ..client.client import FederatedClient
 from ..client.trainer import ClientSFTTrainer
 from ..config import FedBiOTConfig
+from ..evaluation.coverage import PublicLoss
+from ..evaluation.drift import Drift
 from ..evaluation.evaluator import Evaluator
 from ..output.hub import push_folder
 from ..output.progress import RunProgress, no_progress_bars, reported
@@ -33,6 +36,7 @@ from ..shared.precision import warn_of_slow_bf16
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection
+from ..shared.texts import draw_texts
 from ..shared.tokenizers import prepare_tokenizer
 from ..wire.package import load_model
 from .interruption import Interruption
@@ -123,7 +127,7 @@ class FederatedRunner:
             warn_of_slow_bf16(args.device, args.bf16 or model.dtype == torch.bfloat16)
             inner_args = args.quiet()
             self.server = FederatedServer(
-                model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
+                model, inner_args, texts.public, processing_class, peft_config, emulator_peft_config
             )
             self.trainer = ClientSFTTrainer(
                 self.server.models.adap_emu,
@@ -139,6 +143,7 @@ class FederatedRunner:
             self.evaluator = None
             if texts.eval_sets:
                 self.evaluator = Evaluator(self.server.models, self.trainer, texts.eval_sets, texts.metrics)
+            self.drift, self.public_loss = self._public_measures(texts)
         self.console = Console(force_terminal=False if args.disable_tqdm else None)
         self.interruption = Interruption()
         for trainer in filter(None, (self.trainer, self.server.trainer)):
@@ -148,6 +153,28 @@ class FederatedRunner:
         self.trackers = Trackers(args, args.num_rounds, callbacks or [], model, processing_class)
         self.records: list[RoundRecord] = []
         self.summary: RunSummary | None = None
+
+    def _public_measures(self, texts: RunTexts) -> tuple[Drift | None, PublicLoss | None]:
+        """What measures the emulator on held-out text, and what the clients' text is compared with."""
+        args, models, name = self.args, self.server.models, "`public_dataset`"
+        held_out, number = None, args.client_zero_shot_examples
+        if texts.public_eval is not None:
+            held_out = self.trainer.with_labels(texts.public_eval, name)
+        drift = public_loss = None
+        if args.eval_drift:
+            measured = {
+                "drift": self.evaluator.tokens if self.evaluator is not None else None,
+                "drift_public": held_out,
+            }
+            drift = Drift(models, self.trainer, {name: text for name, text in measured.items() if text})
+        if self.server.trainer is not None and number > 0:
+            some = held_out
+            if some is None:
+                rows = np.random.default_rng(args.seed).permutation(len(texts.public))[:number]
+                some = self.trainer.with_labels(texts.public.select(rows), name)
+            if len(some) > 0:
+                public_loss = PublicLoss(models, self.trainer, draw_texts(some, number, args.seed))
+        return drift, public_loss
 
     @property
     def state(self):
@@ -307,6 +334,8 @@ class FederatedRunner:
                 *guards,
             ],
             evaluator=self.evaluator,
+            drift=self.drift,
+            public_loss=self.public_loss,
             settings=self.settings,
             selection=self.selection if args.load_best_model_at_end else None,
         )
