@@ -6,6 +6,7 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..server.split_model import SplitModel
+from ..server.teachers import OnProgress
 from ..shared.processes import runnable
 from ..shared.round_trainer import RoundTrainer
 from ..shared.text_loss import evaluate_loss
@@ -31,7 +32,7 @@ class PublicLoss:
     def __init__(self, models: SplitModel, trainer: RoundTrainer, tokens: Dataset):
         self.models, self.args, self.accelerator, self.tokens = models, trainer.args, trainer.accelerator, tokens
         self.data_collator = DataCollatorForLanguageModeling(trainer.processing_class.pad_token_id)
-        self.on_progress = lambda done, total: None
+        self.on_progress: OnProgress = lambda done, total: None
 
     def measure(self) -> dict[str, float]:
         """`public_emulator_loss` with the LoRAs as they are now, and `public_full_loss`, in nats per token."""
@@ -60,6 +61,6 @@ def why_uncovered(client_loss: float, public: Mapping[str, float]) -> str | None
     if emulator is None or not client_loss > emulator + COVERAGE_MARGIN:
         return None
     return (
-        f"the emulator's loss on it is {client_loss:.2f} before any training, {emulator:.2f} on the public text, where "
-        f"the full model's is {public[FULL_LOSS]:.2f}"
+        f"the emulator's loss on it is {client_loss:.3g} before any training, {emulator:.3g} on the public text, where "
+        f"the full model's is {public[FULL_LOSS]:.3g}"
     )

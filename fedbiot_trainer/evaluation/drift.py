@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..server.capture import OutputHead, capture, causal_lm, run_full_model
 from ..server.split_model import SplitModel
-from ..server.teachers import distances
+from ..server.teachers import OnProgress, distances
 from ..shared.processes import deal, shards_parameters
 from ..shared.round_trainer import RoundTrainer
 from ..shared.text_loss import batches_by_length
@@ -39,7 +39,7 @@ class Drift:
         OutputHead(causal_lm(models.adap_fu)).check(models, self.args.device)
         self.models, self.texts = models, dict(texts)
         self.data_collator = DataCollatorForLanguageModeling(trainer.processing_class.pad_token_id)
-        self.on_progress = lambda done, total: None
+        self.on_progress: OnProgress = lambda done, total: None
 
     def measure(self) -> dict[str, float]:
         """

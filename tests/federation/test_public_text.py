@@ -78,7 +78,7 @@ def test_rule(client, public, says):
     why = why_uncovered(client, public)
     assert (why is not None) == says
     if says:
-        assert "4.50 before any training, 2.00 on the public text, where the full model's is 1.25" in why
+        assert "4.5 before any training, 2 on the public text, where the full model's is 1.25" in why
 
 
 def test_each_client_is_told_once(make_runner, everything_uncovered, capsys):
@@ -89,7 +89,7 @@ def test_each_client_is_told_once(make_runner, everything_uncovered, capsys):
     assert all(record["client_zero_shot_losses"] == record["uncovered"] == {} for record in others)
     out = capsys.readouterr().out
     assert out.count("the public text does not cover client 'north': the emulator's loss on it is") == 1
-    assert out.count("Align on public text in the form of theirs") == 1
+    assert out.count("Align on public text in their form") == 1
     assert "the public text does not cover: north, south" in out
     assert "loss on public text | emulator " in out
     summary = RunSummary.read(runner.folder.path / "summary.json")
