@@ -130,8 +130,9 @@ class RoundLoop:
             RunInterrupted: If the run is told to stop.
         """
         self._tell("on_phase", 0, "starting")
-        for measured in filter(None, (self.evaluator, self.drift, self.public_loss)):
-            measured.on_progress = self._progress
+        for measures in (self.evaluator, self.drift, self.public_loss):
+            if measures is not None:
+                measures.on_progress = self._progress
         try:
             if state is None:
                 self._start()
@@ -159,16 +160,13 @@ class RoundLoop:
         self._tell("on_phase", 0, "initial alignment")
         with timed(seconds, "seconds"):
             metrics = self.server.align(self.schedule.initial_alignment_steps)
-        self.initial_alignment = start | metrics | {"seconds": seconds["seconds"]} | self._losses_on_public_text()
+        self.initial_alignment = start | metrics | {"seconds": seconds["seconds"]}
+        if self.public_loss is not None:
+            self._tell("on_phase", 0, "losses on public text")
+            self.server.install_loras()
+            self.initial_alignment |= self.public_loss.measure()
         self._tell("on_initial_alignment", self.initial_alignment)
         self._tell("on_state", self._state())
-
-    def _losses_on_public_text(self) -> dict[str, float]:
-        if self.public_loss is None:
-            return {}
-        self._tell("on_phase", 0, "losses on public text")
-        self.server.install_loras()
-        return self.public_loss.measure()
 
     def _prepare_teacher(self):
         if self.server.trainer is not None:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -22,8 +21,6 @@ from transformers.utils import logging
 from ..client.client import FederatedClient
 from ..client.trainer import ClientSFTTrainer
 from ..config import FedBiOTConfig
-from ..evaluation.coverage import PublicLoss
-from ..evaluation.drift import Drift
 from ..evaluation.evaluator import Evaluator
 from ..output.hub import push_folder
 from ..output.progress import RunProgress, no_progress_bars, reported
@@ -36,7 +33,6 @@ from ..shared.precision import warn_of_slow_bf16
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection
-from ..shared.texts import draw_texts
 from ..shared.tokenizers import prepare_tokenizer
 from ..wire.package import load_model
 from .interruption import Interruption
@@ -44,6 +40,7 @@ from .loop import RoundLoop, Schedule
 from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles
 from .participation import Participation
 from .pool import LocalClients
+from .public_measures import public_measures
 from .resume import check_settings, find_state, run_settings
 from .run_texts import RunTexts
 from .state import FederationState
@@ -143,7 +140,7 @@ class FederatedRunner:
             self.evaluator = None
             if texts.eval_sets:
                 self.evaluator = Evaluator(self.server.models, self.trainer, texts.eval_sets, texts.metrics)
-            self.drift, self.public_loss = self._public_measures(texts)
+            self.drift, self.public_loss = public_measures(args, self.server, self.trainer, self.evaluator, texts)
         self.console = Console(force_terminal=False if args.disable_tqdm else None)
         self.interruption = Interruption()
         for trainer in filter(None, (self.trainer, self.server.trainer)):
@@ -153,28 +150,6 @@ class FederatedRunner:
         self.trackers = Trackers(args, args.num_rounds, callbacks or [], model, processing_class)
         self.records: list[RoundRecord] = []
         self.summary: RunSummary | None = None
-
-    def _public_measures(self, texts: RunTexts) -> tuple[Drift | None, PublicLoss | None]:
-        """What measures the emulator on held-out text, and what the clients' text is compared with."""
-        args, models, name = self.args, self.server.models, "`public_dataset`"
-        held_out, number = None, args.client_zero_shot_examples
-        if texts.public_eval is not None:
-            held_out = self.trainer.with_labels(texts.public_eval, name)
-        drift = public_loss = None
-        if args.eval_drift:
-            measured = {
-                "drift": self.evaluator.tokens if self.evaluator is not None else None,
-                "drift_public": held_out,
-            }
-            drift = Drift(models, self.trainer, {name: text for name, text in measured.items() if text})
-        if self.server.trainer is not None and number > 0:
-            some = held_out
-            if some is None:
-                rows = np.random.default_rng(args.seed).permutation(len(texts.public))[:number]
-                some = self.trainer.with_labels(texts.public.select(rows), name)
-            if len(some) > 0:
-                public_loss = PublicLoss(models, self.trainer, draw_texts(some, number, args.seed))
-        return drift, public_loss
 
     @property
     def state(self):
