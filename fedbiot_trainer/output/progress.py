@@ -160,7 +160,7 @@ class RunProgress:
             others = len(uncovered) - MAX_NAMED_CLIENTS
             more = f"nor {others} other clients (`uncovered` in rounds.jsonl). " if others > 0 else ""
             self.line(
-                f"  {more}Align on public text in their form: another set in the clients' templates, mixed in",
+                f"  {more}Align on public text in their form, and longer if the emulator is far behind on public text, too",
                 style="yellow",
             )
 
