@@ -10,12 +10,14 @@ import yaml
 from ..config.checks import check_federation
 from ..config.settings import GROUPS
 from ..data.names import check_path, template_columns
+from ..data.public_sources import public_sources
 
 
 SOURCES = (
     "task", "dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "prompt_template",
     "completion_template", "public_prompt_template", "public_completion_template", "max_train_samples",
     "max_eval_samples", "max_public_samples", "partition_values", "eval_fraction", "dataset_streaming",
+    "public_dataset_config", "public_fractions",
 )  # fmt: skip
 
 
@@ -40,10 +42,16 @@ def check_early(argv: list[str]):
     sources: dict[str, Any] = {name: given.get(name) for name in SOURCES}
     sources["dataset_streaming"] = _convert(sources["dataset_streaming"], bool)
     sources["eval_fraction"] = _convert(sources["eval_fraction"], float)
-    check_sources(SimpleNamespace(**sources))
-    for name in ("dataset_name", "eval_dataset_name", "public_dataset_name"):
+    sources["public_dataset_split"] = given.get("public_dataset_split", "train")
+    if sources["public_fractions"] is not None:
+        sources["public_fractions"] = [_convert(number, float) for number in sources["public_fractions"]]
+    args = SimpleNamespace(**sources)
+    check_sources(args)
+    for name in ("dataset_name", "eval_dataset_name"):
         if sources[name] is not None:
             check_path(sources[name])
+    for source in public_sources(args):
+        check_path(source.path)
     clients = sources["client_datasets"] or []
     for item in [clients] if isinstance(clients, str) else clients:
         check_path(item.partition("=")[2])
@@ -70,7 +78,7 @@ def _given(argv) -> dict[str, Any] | None:
             given = yaml.safe_load(Path(flags["config"][0]).read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"`config` is '{flags['config'][0]}', which is no YAML ({error}).") from error
-    several = ("client_datasets", "partition_values")
+    several = ("client_datasets", "partition_values", "public_dataset_name", "public_fractions")
     return given | {name: words if name in several else " ".join(words) for name, words in flags.items() if words}
 
 
@@ -102,6 +110,7 @@ def check_sources(args: Any):
             raise ValueError(f"`{prompt}` and `{completion}` belong together: set both or neither.")
         for name in (prompt, completion):
             template_columns(getattr(args, name) or "", name)
+    public_sources(args)
     if args.dataset_streaming:
         raise ValueError(
             "`dataset_streaming` is True, but a federated run needs to know where in the data a client is, which a "

@@ -27,11 +27,14 @@ from ..config import FedBiOTConfig
 from ..config.methods import METHODS
 from ..data.names import has_splits
 from ..data.partition import name_client_datasets
+from ..data.public_sources import public_sources
+from ..data.public_text import read_public
 from ..data.sources import hold_out, keep_values, read_dataset, to_examples
 from ..federation.costs import plan
 from ..federation.interruption import RunInterrupted, end_with_launcher
 from ..federation.methods import run_method
 from ..server.server import check_public_dataset
+from ..shared.texts import is_conversational, text_columns
 from .early import check_sources
 from .help import TrainParser
 from .plan import plan_tables
@@ -47,7 +50,7 @@ class FederatedScriptArguments(ScriptArguments):
     .parquet, maybe with .gz, .bz2 or .xz behind), on this machine or under an https address.
 
     `dataset_name` is the private training set, split among clients as `--partition` says, unless `client_datasets`
-    gives each client its own.
+    gives each client its own. Public text goes through the clients' templates where its columns fit them.
     """
 
     dataset_name: str | None = field(
@@ -81,15 +84,33 @@ class FederatedScriptArguments(ScriptArguments):
             "help": "Hold out this share of dataset_name instead, of each value of partition_column if it is split by one."
         },
     )
-    public_dataset_name: str | None = field(default=None, metadata={"help": "Public set for the alignment."})
+    public_dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Public set for the alignment, or several. In a YAML, each may have a path, name (configuration), split, "
+            "fraction, prompt_template and completion_template of its own."
+        },
+    )
     public_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
     public_dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    public_fractions: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each public set, as many rows as can be without taking one twice. Default: all rows of all."
+        },
+    )
     prompt_template: str | None = field(
         default=None,
         metadata={"help": "Makes the prompt of private examples, with columns in braces: 'Question: {question}'."},
     )
     completion_template: str | None = field(default=None, metadata={"help": "Makes their completion."})
-    public_prompt_template: str | None = field(default=None, metadata={"help": "The same for public examples."})
+    public_prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same for public examples. Default: the clients' templates for a set that has their columns; one that "
+            "has not stays as it is."
+        },
+    )
     public_completion_template: str | None = field(default=None, metadata={"help": "The same for public examples."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use this many private examples at most, of each client_datasets."}
@@ -129,7 +150,6 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
         }
 
     private = (script_args.prompt_template, script_args.completion_template)
-    public = (script_args.public_prompt_template, script_args.public_completion_template)
     split, limit = script_args.dataset_train_split, script_args.max_train_samples
     config, eval_name = script_args.dataset_config, script_args.eval_dataset_name
     loaded, heldout = {}, None
@@ -162,13 +182,25 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
     if heldout is not None:
         source = eval_name or script_args.dataset_name or ""
         loaded["eval_dataset"] = to_examples(heldout, private, script_args.max_eval_samples, seed, source)
-    if script_args.public_dataset_name is not None:
-        name = script_args.public_dataset_name
-        dataset = read_dataset(name, script_args.public_dataset_config, script_args.public_dataset_split)
-        loaded["public_dataset"] = to_examples(
-            dataset, public, script_args.max_public_samples, seed, name, "public_prompt_template"
+    sources = public_sources(script_args)
+    if sources:
+        chat = _is_chat(loaded, args.dataset_text_field)
+        loaded["public_dataset"], lines = read_public(
+            sources, private, chat, script_args.max_public_samples, seed, args.dataset_text_field
         )
+        if args.process_index == 0:
+            for line in lines:
+                Console().print(line, markup=False, highlight=False, soft_wrap=True)
     return loaded
+
+
+def _is_chat(loaded: dict, text_field: str) -> bool:
+    """Whether the clients' text is conversations."""
+    name, dataset = ("`dataset_name`", loaded.get("train_dataset"))
+    if dataset is None:
+        name, dataset = loaded["client_datasets"][0]
+        name = f"client '{name}'"
+    return is_conversational(dataset, text_columns(dataset, name, text_field))
 
 
 def train(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, model_args: ModelConfig):

@@ -1,8 +1,15 @@
 """The data side of a round: a payload in, local steps on private text, a payload out."""
 
+import math
+
+import torch
 from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..shared.lora_state import CLIENT, EMULATOR, LoraState, arrived, get_lora_state, set_lora_state, traveling
+from ..shared.processes import runnable
+from ..shared.text_loss import evaluate_loss
+from ..shared.texts import draw_texts
 from ..wire.messages import ClientUpdate, RoundStart, check_client_name
 from .trainer import ClientSFTTrainer
 
@@ -53,8 +60,9 @@ class FederatedClient:
             client_lora=self._traveling(trainer.package_lora),
             emulator_lora=get_lora_state(trainer.model, EMULATOR),
         )
-        set_lora_state(trainer.model, CLIENT, arrived(order.client_lora, trainer.package_lora))
         set_lora_state(trainer.model, EMULATOR, order.emulator_lora)
+        zero_shot = self._zero_shot_loss() if order.work.first_step == 0 and order.emulator_lora else None
+        set_lora_state(trainer.model, CLIENT, arrived(order.client_lora, trainer.package_lora))
 
         trainer.train_dataset = self.train_dataset
         trainer.follow(order.work)
@@ -63,8 +71,28 @@ class FederatedClient:
         metrics = {"loss": sum(losses) / len(losses)}
         if trainer.step_metrics["proximal_term"]:
             metrics["proximal_term"] = trainer.step_metrics["proximal_term"][-1]
+        if zero_shot is not None:
+            metrics["zero_shot_loss"] = zero_shot
         client_lora = self._traveling(get_lora_state(trainer.model, CLIENT))
         return ClientUpdate(order.server_round, self.name, self.num_examples, metrics, client_lora).to_bytes()
+
+    def _zero_shot_loss(self) -> float | None:
+        """
+        The emulator's loss on some of the client's text, without any client LoRA: whether the public text has taught it
+        to follow the full model there. `None` if it is not to be reported, or not finite.
+        """
+        trainer = self.trainer
+        number = trainer.args.client_zero_shot_examples
+        if number == 0:
+            return None
+        nothing = {key: torch.zeros_like(tensor) for key, tensor in trainer.package_lora.items()}
+        set_lora_state(trainer.model, CLIENT, nothing)
+        texts = draw_texts(self.train_dataset, number, trainer.args.seed)
+        collator = DataCollatorForLanguageModeling(trainer.processing_class.pad_token_id)
+        with trainer.accelerator.autocast(), runnable(trainer.model, trainer.accelerator):
+            batch_size = trainer.args.per_device_eval_batch_size
+            loss = evaluate_loss(trainer.model, texts, collator, batch_size, trainer.accelerator)["loss"]
+        return loss if math.isfinite(loss) else None
 
     def _traveling(self, client_lora: LoraState) -> LoraState:
         return traveling(client_lora, self.trainer.args.freeze_a, self.rank)

@@ -65,7 +65,7 @@ def _check_ranges(config):
         "num_rounds",
         "client_retries",
     )
-    for name in (*non_negative, "eval_rounds"):
+    for name in (*non_negative, "eval_rounds", "public_eval_size", "client_zero_shot_examples"):
         if getattr(config, name) < 0:
             raise ValueError(f"`{name}` is {getattr(config, name)}, but it cannot be negative. 0 turns it off.")
     for name in ("alignment_learning_rate", "dirichlet_alpha", "eval_max_new_tokens", "teacher_cache_max_gb"):

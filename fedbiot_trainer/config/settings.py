@@ -267,8 +267,15 @@ class EvaluationSettings:
         eval_max_new_tokens (`int`, *optional*, defaults to `64`):
             Tokens to generate at most per prompt for `eval_metric`.
         eval_drift (`bool`, *optional*, defaults to `False`):
-            Whether evaluations also measure how far the emulator is from the full model on the evaluation set: the two
-            terms of the alignment loss, as `drift_l2` and `drift_kl` in `rounds.jsonl`.
+            Whether evaluations also measure how far the emulator is from the full model on the evaluation set and on
+            held-out public text (`public_eval_size`): the two terms of the alignment loss, at all tokens and at those that
+            are trained on, as `drift_...` in `rounds.jsonl`.
+        public_eval_size (`int`, *optional*, defaults to `0`):
+            Public examples to hold out of the alignment, for `eval_drift` and as what the clients' text is compared with.
+            0: all are aligned on.
+        client_zero_shot_examples (`int`, *optional*, defaults to `100`):
+            Examples, at most, on which each client measures the emulator's loss before its first step. It reports their
+            mean, one number, which tells whether the public text covers its own. 0: clients report nothing of the kind.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the files that an earlier run left in `output_dir`. If `False`, such a folder is refused.
     """
@@ -290,7 +297,20 @@ class EvaluationSettings:
     eval_max_new_tokens: int = field(default=64, metadata={"help": "Tokens to generate at most per prompt."})
     eval_drift: bool = field(
         default=False,
-        metadata={"help": "Measure how far the emulator is from the full model on the evaluation set, too."},
+        metadata={
+            "help": "Measure how far the emulator is from the full model on the evaluation set and on held-out public text, "
+            "too."
+        },
+    )
+    public_eval_size: int = field(
+        default=0, metadata={"help": "Public examples to hold out of the alignment, for eval_drift. 0: none."}
+    )
+    client_zero_shot_examples: int = field(
+        default=100,
+        metadata={
+            "help": "Examples on which each client measures the emulator before its first step, to report the mean loss: "
+            "whether the public text covers its own. 0 reports nothing."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir instead of refusing it."}

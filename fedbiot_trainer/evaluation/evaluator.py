@@ -1,21 +1,18 @@
 """Zero-shot, AdapEmu and AdapFu on held-out text."""
 
 from collections.abc import Callable, Mapping
-from typing import cast
 
-import torch
 from datasets import Dataset, concatenate_datasets
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..server.capture import OutputHead, capture, causal_lm, run_full_model
 from ..server.split_model import SplitModel
-from ..server.teachers import distances
-from ..shared.processes import deal, runnable, shards_parameters
+from ..shared.processes import runnable
 from ..shared.records import LOSS_METRICS
 from ..shared.round_trainer import RoundTrainer
+from ..shared.text_loss import evaluate_loss
 from ..shared.texts import trained_tokens
 from ..shared.tokenizers import prompt_tokens
-from .passes import batches_by_length, complete, evaluate_loss
+from .passes import complete
 from .text_metric import TextMetric
 
 
@@ -43,13 +40,6 @@ class Evaluator:
         text_metric: TextMetric | Mapping[str, TextMetric] | None = None,
     ):
         self.args = trainer.args
-        if self.args.eval_drift and shards_parameters(trainer.accelerator):
-            raise ValueError(
-                "`eval_drift` is True, but it runs the emulator and the full model side by side, which is not implemented "
-                "under DeepSpeed ZeRO-3 and FSDP2. Leave it out, or use DDP or ZeRO-2."
-            )
-        if self.args.eval_drift:
-            OutputHead(causal_lm(models.adap_fu)).check(models, self.args.device)
         self.models = models
         self.processing_class = trainer.processing_class
         self.data_collator = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)
@@ -96,30 +86,6 @@ class Evaluator:
         adap_emu = self._evaluate(self.models.adap_emu, generate)
         with self.models.whole_on(self.args.device):
             return {"adap_emu": adap_emu, "adap_fu": self._evaluate(self.models.adap_fu, generate)}
-
-    @torch.no_grad()
-    def drift(self) -> dict[str, float]:
-        """
-        How far the emulator is from the full model on this text, as of now.
-
-        Returns:
-            `dict[str, float]`: `drift_l2` and `drift_kl`, the two terms of the alignment loss: means over all tokens.
-        """
-        models, split, totals = self.models, self.models.split, torch.zeros(3, dtype=torch.float64)
-        head, adap_emu = OutputHead(causal_lm(models.adap_fu)), models.adap_emu.eval()
-        batches = batches_by_length(self.tokens["input_ids"], self.args.per_device_eval_batch_size)
-        with models.whole_on(self.args.device), self.accelerator.autocast(), head.whole() as logits:
-            for rows, counts in deal(batches, self.accelerator, self.on_progress):
-                batch = self.data_collator([self.tokens[i] for i in rows])
-                text = {key: batch[key].to(self.accelerator.device) for key in ("input_ids", "attention_mask")}
-                teacher, mask = run_full_model(models, text), text["attention_mask"]
-                with capture(adap_emu, split.layers_name, split.top_position) as student:
-                    causal_lm(adap_emu).base_model(**text, use_cache=False)
-                if counts:
-                    l2, kl = distances(student, teacher, mask, logits)
-                    totals += torch.tensor([l2.item(), cast(torch.Tensor, kl).item(), mask.sum().item()])
-        l2, kl, tokens = self.accelerator.reduce(totals.to(self.accelerator.device)).tolist()
-        return {"drift_l2": l2 / tokens, "drift_kl": kl / tokens}
 
     @property
     def loss_metrics(self) -> set[str]:

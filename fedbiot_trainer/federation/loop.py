@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..evaluation.coverage import PublicLoss, why_uncovered
+from ..evaluation.drift import Drift
 from ..evaluation.evaluator import Evaluator
 from ..server.server import FederatedServer
 from ..shared.records import RoundRecord
@@ -59,7 +61,6 @@ class Schedule:
         num_rounds (`int`): Rounds.
         initial_alignment_steps, alignment_steps (`int`): Steps before the first round, and at the start of each.
         eval_rounds (`int`): Evaluate every this many rounds, and after the last. 0: only then.
-        eval_drift (`bool`): Whether evaluations measure the emulator's distance from the full model, too.
         client_timeout (`float`, *optional*): Seconds that a client has for a round.
         client_retries (`int`): How often a client that failed is asked again in the same round.
     """
@@ -68,7 +69,6 @@ class Schedule:
     initial_alignment_steps: int
     alignment_steps: int
     eval_rounds: int = 1
-    eval_drift: bool = False
     client_timeout: float | None = None
     client_retries: int = 0
 
@@ -91,6 +91,8 @@ class RoundLoop:
         interruption ([`Interruption`]): Asked between the parts of a round whether to stop.
         observers (sequence of [`Observer`], *optional*): Told what happens, in this order.
         evaluator ([`Evaluator`], *optional*): Measures AdapEmu and AdapFu.
+        drift ([`Drift`], *optional*): Measures the emulator's distance from the full model with each evaluation.
+        public_loss ([`PublicLoss`], *optional*): Measures what clients' text is compared with, once.
         settings (`dict`, *optional*): Kept in each state, to compare with when a run is resumed.
         selection ([`Selection`], *optional*): Which round is `best`, whose LoRAs are to be kept.
     """
@@ -102,6 +104,8 @@ class RoundLoop:
     interruption: Interruption
     observers: Sequence[Observer] = ()
     evaluator: Evaluator | None = None
+    drift: Drift | None = None
+    public_loss: PublicLoss | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     selection: Selection | None = None
     best: BestRound | None = field(default=None, init=False)
@@ -126,8 +130,9 @@ class RoundLoop:
             RunInterrupted: If the run is told to stop.
         """
         self._tell("on_phase", 0, "starting")
-        if self.evaluator is not None:
-            self.evaluator.on_progress = self._progress
+        for measures in (self.evaluator, self.drift, self.public_loss):
+            if measures is not None:
+                measures.on_progress = self._progress
         try:
             if state is None:
                 self._start()
@@ -156,6 +161,10 @@ class RoundLoop:
         with timed(seconds, "seconds"):
             metrics = self.server.align(self.schedule.initial_alignment_steps)
         self.initial_alignment = start | metrics | {"seconds": seconds["seconds"]}
+        if self.public_loss is not None:
+            self._tell("on_phase", 0, "losses on public text")
+            self.server.install_loras()
+            self.initial_alignment |= self.public_loss.measure()
         self._tell("on_initial_alignment", self.initial_alignment)
         self._tell("on_state", self._state())
 
@@ -235,6 +244,16 @@ class RoundLoop:
                 return
         record.client_losses[name] = metrics["loss"]
         record.proximal_terms[name] = metrics.get("proximal_term")
+        self._note_coverage(name, metrics.get("zero_shot_loss"), record)
+
+    def _note_coverage(self, name: str, zero_shot: float | None, record: RoundRecord):
+        """Once for each client: it measures again where its first round did not count."""
+        if zero_shot is None or any(name in earlier.client_zero_shot_losses for earlier in self.records):
+            return
+        record.client_zero_shot_losses[name] = zero_shot
+        why = why_uncovered(zero_shot, self.initial_alignment)
+        if why is not None:
+            record.uncovered[name] = why
 
     def _close_round(self, record: RoundRecord):
         with timed(record.seconds, "aggregate"):
@@ -247,23 +266,22 @@ class RoundLoop:
                 self.server.discard_round()
 
     def _evaluate(self, record: RoundRecord):
-        if self.evaluator is None:
-            return
-        record.zero_shot_loss = self.evaluator.zero_shot()["loss"]
-        if not self.schedule.evaluates_after(record.server_round):
+        if self.evaluator is not None:
+            record.zero_shot_loss = self.evaluator.zero_shot()["loss"]
+        measures = self.evaluator is not None or self.drift is not None
+        if not measures or not self.schedule.evaluates_after(record.server_round):
             return
         self._tell("on_phase", record.server_round, "evaluating")
         with timed(record.seconds, "evaluate"):
             self.server.install_loras()
-            for who, scores in self.evaluator.adapted().items():
+            for who, scores in self.evaluator.adapted().items() if self.evaluator is not None else ():
                 setattr(record, f"{who}_loss", scores["loss"])
                 setattr(record, f"{who}_token_accuracy", scores["token_accuracy"])
                 by_set = {name: value for name, value in scores.items() if name not in ("loss", "token_accuracy")}
                 if by_set:
                     record.evaluations[who] = by_set
-            if self.schedule.eval_drift:
-                drift = self.evaluator.drift()
-                record.drift_l2, record.drift_kl = drift["drift_l2"], drift["drift_kl"]
+            for name, value in self.drift.measure().items() if self.drift is not None else ():
+                setattr(record, name, value)
 
     def _keep_best(self, record: RoundRecord):
         if self.selection is None:

@@ -83,6 +83,8 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:
         **means,
         best_round=None,
         num_examples={name: s.num_examples[name] for name, s in summaries.items()},
+        client_zero_shot_losses={k: v for s in summaries.values() for k, v in s.client_zero_shot_losses.items()},
+        uncovered={k: v for s in summaries.values() for k, v in s.uncovered.items()},
         clients={name: {key: getattr(s, key) for key in ROWS} for name, s in summaries.items()},
     )
     if args.process_index == 0:

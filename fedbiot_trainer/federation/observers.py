@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..evaluation.coverage import EMULATOR_LOSS, FULL_LOSS
 from ..output.progress import RunProgress
 from ..output.run_folder import RunFolder
 from ..output.trackers import Trackers
@@ -146,6 +147,9 @@ class ShowProgress(Observer):
         values = [f"{name} {metrics[name]:.4f}" for name in ("alignment_l2", "alignment_kl") if name in metrics]
         if values:
             self.progress.line(f"initial alignment | {'  '.join(values)} | {metrics['seconds']:.1f} s")
+        if EMULATOR_LOSS in metrics:
+            emulator, full = metrics[EMULATOR_LOSS], metrics[FULL_LOSS]
+            self.progress.line(f"loss on public text | emulator {emulator:.3f}  full model {full:.3f}")
 
     def on_round_end(self, record: RoundRecord):
         self.progress.round_line(record)

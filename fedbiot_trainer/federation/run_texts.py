@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import FedBiOTConfig
 from ..data.partition import name_client_datasets
+from ..data.public_text import hold_out_public
 from ..data.sets import name_eval_sets, name_texts
 from ..evaluation.text_metric import TextMetric
 from ..shared.texts import check_chat_template, check_texts
@@ -20,13 +21,15 @@ class RunTexts:
         clients (`dict[str, Dataset]`): Private text of each client.
         eval_sets (`dict[str, Dataset]`): Held-out text by name; a set that is alone has an empty one.
         metrics (`dict[str, TextMetric]`): What is generated on each of them, if anything is.
-        public (`Dataset`, *optional*): Public text, if the run aligns.
+        public (`Dataset`, *optional*): Public text to align on, if the run aligns.
+        public_eval (`Dataset`, *optional*): Public text that is held out of it.
     """
 
     clients: dict[str, Dataset]
     eval_sets: dict[str, Dataset]
     metrics: dict[str, TextMetric]
     public: Dataset | None
+    public_eval: Dataset | None = None
 
     @classmethod
     def of(
@@ -51,14 +54,19 @@ class RunTexts:
         unknown = sorted(args.ranks.keys() - clients.keys())
         if unknown:
             raise ValueError(f"`client_ranks` names {', '.join(unknown)}, but the clients are {', '.join(clients)}.")
-        if args.eval_drift and eval_dataset is None:
-            raise ValueError("`eval_drift` is True, but `eval_dataset` is None. Pass held-out text, or leave it out.")
+        if args.eval_drift and eval_dataset is None and args.public_eval_size == 0:
+            raise ValueError(
+                "`eval_drift` is True, but `eval_dataset` is None and `public_eval_size` is 0. Pass held-out text, hold out "
+                "public text, or leave it out."
+            )
         eval_sets, metrics = name_eval_sets(eval_dataset), {}
         if args.eval_metric is not None:
             metrics = {name: TextMetric(args, dataset) for name, dataset in (eval_sets or {"": None}).items()}
         texts = cls(clients, eval_sets, metrics, public_dataset if args.aligns else None)
         for name, dataset in name_texts(eval_sets, texts.public).items():
             check_texts(dataset, name, args.dataset_text_field)
+        if texts.public is not None and args.public_eval_size > 0:
+            texts.public, texts.public_eval = hold_out_public(texts.public, args.public_eval_size, args.seed)
         return texts
 
     def check_chat_template(self, tokenizer: PreTrainedTokenizerBase, text_field: str):

@@ -40,6 +40,7 @@ from .loop import RoundLoop, Schedule
 from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles
 from .participation import Participation
 from .pool import LocalClients
+from .public_measures import public_measures
 from .resume import check_settings, find_state, run_settings
 from .run_texts import RunTexts
 from .state import FederationState
@@ -123,7 +124,7 @@ class FederatedRunner:
             warn_of_slow_bf16(args.device, args.bf16 or model.dtype == torch.bfloat16)
             inner_args = args.quiet()
             self.server = FederatedServer(
-                model, inner_args, public_dataset, processing_class, peft_config, emulator_peft_config
+                model, inner_args, texts.public, processing_class, peft_config, emulator_peft_config
             )
             self.trainer = ClientSFTTrainer(
                 self.server.models.adap_emu,
@@ -139,6 +140,7 @@ class FederatedRunner:
             self.evaluator = None
             if texts.eval_sets:
                 self.evaluator = Evaluator(self.server.models, self.trainer, texts.eval_sets, texts.metrics)
+            self.drift, self.public_loss = public_measures(args, self.server, self.trainer, self.evaluator, texts)
         self.console = Console(force_terminal=False if args.disable_tqdm else None)
         self.interruption = Interruption()
         for trainer in filter(None, (self.trainer, self.server.trainer)):
@@ -307,6 +309,8 @@ class FederatedRunner:
                 *guards,
             ],
             evaluator=self.evaluator,
+            drift=self.drift,
+            public_loss=self.public_loss,
             settings=self.settings,
             selection=self.selection if args.load_best_model_at_end else None,
         )

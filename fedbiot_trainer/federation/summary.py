@@ -1,7 +1,8 @@
 """What a run reports at its end."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from accelerate import PartialState
 
@@ -69,4 +70,10 @@ def summarize(
         peft_config=json.loads(json.dumps(server.models.adap_fu.peft_config[CLIENT].to_dict(), default=list)),
         versions=library_versions(),
         best_round=best_round,
+        client_zero_shot_losses=_merged(record.client_zero_shot_losses for record in records),
+        uncovered=_merged(record.uncovered for record in records),
     )
+
+
+def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}

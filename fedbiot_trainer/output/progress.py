@@ -151,6 +151,18 @@ class RunProgress:
         for what, reasons in (("refused the update of", record.refused), ("no answer from", record.failed)):
             for name, reason in reasons.items():
                 self.line(f"  {what} client '{name}': {reason}", style="yellow")
+        self._uncovered_lines(record.uncovered)
+
+    def _uncovered_lines(self, uncovered: dict[str, str]):
+        for name, reason in list(uncovered.items())[:MAX_NAMED_CLIENTS]:
+            self.line(f"  the public text does not cover client '{name}': {reason}", style="yellow")
+        if uncovered:
+            others = len(uncovered) - MAX_NAMED_CLIENTS
+            more = f"nor {others} other clients (`uncovered` in rounds.jsonl). " if others > 0 else ""
+            self.line(
+                f"  {more}Align on public text in their form, and longer if the emulator is far behind on public text, too",
+                style="yellow",
+            )
 
 
 def _clock(seconds: float) -> str:

@@ -93,10 +93,14 @@ def format_bytes(size: float) -> str:
 def result_lines(summary: RunSummary, folder: Path) -> list[str]:
     """Bytes, time and place of the results."""
     sizes = summary.bytes
+    uncovered = []
+    if summary.uncovered:
+        uncovered = [f"the public text does not cover: {', '.join(summary.uncovered)} (`uncovered` in summary.json)"]
     best = [] if summary.best_round is None else [f"result: round {summary.best_round}, the best of {summary.rounds}"]
     return [
         "",
         *best,
+        *uncovered,
         f"bytes: {format_bytes(sizes['down'])} down and {format_bytes(sizes['up'])} up in {summary.rounds} rounds, "
         f"{format_bytes(sizes['once_per_client'])} once to each client",
         f"time: {summary.seconds['total']:.0f} s, results in {folder}",

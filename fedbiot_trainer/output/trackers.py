@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import fields
 
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
@@ -59,12 +60,13 @@ class Trackers:
 
     def report(self, record: RoundRecord):
         """Give a round's scalars to trackers and callbacks."""
+        drifts = [f.name for f in fields(record) if f.name.startswith("drift_")]
         logs = {
-            name: getattr(record, name)
-            for name in ("alignment_l2", "alignment_kl", "drift_l2", "drift_kl", "bytes_down", "bytes_up")
+            name: getattr(record, name) for name in ("alignment_l2", "alignment_kl", *drifts, "bytes_down", "bytes_up")
         }
         for name, values in (
             ("client_loss", record.client_losses),
+            ("client_zero_shot_loss", record.client_zero_shot_losses),
             ("proximal_term", record.proximal_terms),
             ("aggregation", record.aggregation),
             ("seconds", record.seconds),

@@ -57,8 +57,14 @@ class RoundRecord:
         evaluations (`dict[str, dict[str, float]]`): By `adap_emu` and `adap_fu`, the scores of each of several held-out
             sets (`<name>_loss`, `<name>_token_accuracy`), whose mean over all tokens is above.
         drift_l2, drift_kl (`float`, *optional*): Distance of the emulator from the full model on that text.
+        drift_label_l2, drift_label_kl (`float`, *optional*): The same at its label positions alone.
+        drift_public_l2, drift_public_kl, drift_public_label_l2, drift_public_label_kl (`float`, *optional*): The same on
+            held-out public text.
         alignment_l2, alignment_kl (`float`, *optional*): Means of the last ten alignment steps of this round.
         client_losses (`dict[str, float]`): Mean training loss of each client whose update was used.
+        client_zero_shot_losses (`dict[str, float]`): The emulator's loss on each client's text before its first step, from
+            those that took part for the first time.
+        uncovered (`dict[str, str]`): Those of them whose text the public text does not cover, and what tells.
         proximal_terms (`dict[str, float]`): Their last proximal terms, without its weight; `None` without one.
         weights (`dict[str, float]`): Their shares of the average.
         refused (`dict[str, str]`): Clients whose answer was not used, and why.
@@ -79,9 +85,17 @@ class RoundRecord:
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     drift_l2: float | None = None
     drift_kl: float | None = None
+    drift_label_l2: float | None = None
+    drift_label_kl: float | None = None
+    drift_public_l2: float | None = None
+    drift_public_kl: float | None = None
+    drift_public_label_l2: float | None = None
+    drift_public_label_kl: float | None = None
     alignment_l2: float | None = None
     alignment_kl: float | None = None
     client_losses: dict[str, float] = field(default_factory=dict)
+    client_zero_shot_losses: dict[str, float] = field(default_factory=dict)
+    uncovered: dict[str, str] = field(default_factory=dict)
     proximal_terms: dict[str, float | None] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -132,7 +146,10 @@ class RunSummary:
         num_examples (`dict[str, int]`): Training examples of each client.
         num_public_examples (`int`): Texts for the alignment.
         tokens_per_example (`dict[str, float | None]`): Mean lengths of the `clients`' and the `public` text.
-        initial_alignment (`dict[str, float]`): Last metrics and seconds of the alignment before the first round.
+        initial_alignment (`dict[str, float]`): Last metrics and seconds of the alignment before the first round, and after it
+            the losses on public text of emulator and full model (`public_emulator_loss`, `public_full_loss`).
+        client_zero_shot_losses (`dict[str, float]`): The emulator's loss on each client's text before its first step.
+        uncovered (`dict[str, str]`): Clients whose text the public text does not cover, and what tells.
         settings, peft_config, versions (`dict`): What the run was made with.
         clients (`dict`, *optional*): Scores of each client's own run, where clients train alone.
         best_round (`int`, *optional*): The round that the result is of, with `load_best_model_at_end`. `None`: the last.
@@ -154,6 +171,8 @@ class RunSummary:
     zero_shot: Scores | None = None
     adap_emu: Scores | None = None
     adap_fu: Scores | None = None
+    client_zero_shot_losses: dict[str, float] = field(default_factory=dict)
+    uncovered: dict[str, str] = field(default_factory=dict)
     clients: dict[str, dict[str, Scores]] | None = None
     best_round: int | None = None
 

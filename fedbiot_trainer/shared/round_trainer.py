@@ -163,6 +163,11 @@ class RoundTrainer(SFTTrainer):
         self._check_positions(prepared, name)
         return prepared, num_examples
 
+    def with_labels(self, dataset: Dataset, name: str) -> Dataset:
+        """The rows of a dataset that have a token to train on, tokenized and not packed; there may be none."""
+        tokens = self._prepare(dataset, self.args, False, name)
+        return tokens.select(np.flatnonzero(trained_tokens(tokens))) if len(tokens) else tokens
+
     def _prepare(self, dataset, args, packing, name):
         return self._prepare_dataset(
             dataset=dataset,

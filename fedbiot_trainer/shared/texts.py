@@ -197,6 +197,20 @@ def trained_tokens(dataset: Dataset, max_length: int | None = None) -> np.ndarra
     return np.concatenate(counts) if counts else np.zeros(0, dtype=int)
 
 
+def draw_texts(dataset: Dataset, number: int, seed: int) -> Dataset:
+    """Some texts of a tokenized dataset, `number` at most, each alone in its row also where texts are packed."""
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:number]
+    drawn = dataset.select(rows)
+    if "seq_lengths" not in dataset.column_names:
+        return drawn.select_columns(["input_ids", "labels"])
+    texts = []
+    for row in drawn:
+        ends = np.cumsum(row["seq_lengths"]).tolist()
+        for start, end in zip([0, *ends], ends, strict=False):
+            texts.append({name: row[name][start:end] for name in ("input_ids", "labels")})
+    return Dataset.from_list(texts[:number])
+
+
 def token_lengths(dataset: Dataset) -> np.ndarray:
     """Tokens of each text of a tokenized dataset; where texts are packed, those of each text in a row, one after another."""
     if "seq_lengths" in dataset.column_names:

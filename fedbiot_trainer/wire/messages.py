@@ -246,7 +246,8 @@ class ClientUpdate(_Payload):
         server_round (`int`): The round, counted from 1.
         client (`str`): Name of the client.
         num_examples (`int`): Training examples that the client holds: its weight in the average.
-        metrics (`dict[str, float]`): Numbers to report, `loss` among them.
+        metrics (`dict[str, float]`): Numbers to report: `loss`, `proximal_term` if there is one and, at the client's first
+            steps, the emulator's `zero_shot_loss` on its text.
         client_lora (`dict[str, torch.Tensor]`): The client LoRA after the local steps.
     """
 

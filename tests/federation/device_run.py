@@ -14,9 +14,9 @@ CHECKPOINTING = (
 )
 RUNS = {
     "cached": {},
-    "offloaded": {"offload_full_model": True, "packing": True, "max_length": 32, "eval_drift": True},
+    "offloaded": {"offload_full_model": True, "packing": True, "max_length": 32},
     "online": {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1, CHECKPOINTING: True},
-    "autocast": {"bf16": True, "eval_drift": True},
+    "autocast": {"bf16": True},
 }
 
 
@@ -34,7 +34,7 @@ def federation(base: str, folder: str, **settings) -> dict[str, float]:
     """Losses of a run."""
     runner = FederatedRunner(
         base,
-        make_args(folder, **settings),
+        make_args(folder, **settings, eval_drift=True),
         {"north": sums(0, 8), "south": sums(8, 12)},
         public_dataset=sums(40, 50),
         eval_dataset=sums(50, 55),
@@ -42,7 +42,7 @@ def federation(base: str, folder: str, **settings) -> dict[str, float]:
     )
     summary = runner.train()
     losses = {name: getattr(summary, name)["loss"] for name in ("zero_shot", "adap_emu", "adap_fu")}
-    return losses | {"drift": runner.evaluator.drift()["drift_kl"]}
+    return losses | {"drift": runner.drift.measure()["drift_kl"]}
 
 
 def parties(base: str, folder: str, **settings) -> dict[str, float]:

@@ -37,7 +37,7 @@ def losses_of(folder):
         for number, line in enumerate(file.open()):
             record = json.loads(line)
             losses = {name: value for name, value in record.items() if name.endswith(LOSSES)}
-            for of_clients in ("client_losses", "proximal_terms"):
+            for of_clients in ("client_losses", "proximal_terms", "client_zero_shot_losses"):
                 losses |= {(of_clients, client): value for client, value in record[of_clients].items()}
             place = str(file.relative_to(folder)), number
             found |= {(*place, name): value for name, value in losses.items() if value is not None}

@@ -267,7 +267,7 @@ def test_all_that_crosses_the_line_is_bytes(make_runner, monkeypatch):
     assert len(seen) == 4
     assert all(isinstance(payload, bytes) and isinstance(reply, bytes) for payload, reply in seen)
     update = ClientUpdate.from_bytes(seen[0][1], server_round=1, client_lora=runner.server.client_lora)
-    assert set(update.metrics) == {"loss", "proximal_term"}
+    assert set(update.metrics) == {"loss", "proximal_term", "zero_shot_loss"}
     assert update.num_examples == 24
 
 

@@ -64,6 +64,16 @@ def test_refusals_are_shown(make_progress):
     assert "refused the update of client 'south': `a` is [2, 3]" in printed(progress)
 
 
+def test_clients_that_the_public_text_does_not_cover(make_progress):
+    progress = make_progress()
+    progress.round_line(record(uncovered={f"c{i}": "its loss is 9" for i in range(6)}))
+    shown = printed(progress)
+    assert shown.count("the public text does not cover client") == 4 and "client 'c0': its loss is 9" in shown
+    assert "nor 2 other clients (`uncovered` in rounds.jsonl). Align on public text in their form" in shown
+    progress.round_line(record())
+    assert printed(progress).count("Align on public text") == 1
+
+
 def test_absence_is_shown(make_progress):
     progress = make_progress()
     progress.round_line(record(client_losses={}, failed={"south": "OSError: no disk"}, counted=False))

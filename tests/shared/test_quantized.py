@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedbiot_trainer import ClientSFTTrainer, EmulatorAlignmentTrainer, EmulatorPackage, FederatedRunner
 from fedbiot_trainer.cli.merge import merge
-from fedbiot_trainer.evaluation.passes import evaluate_loss
 from fedbiot_trainer.server.layer_dropping import drop_layers
 from fedbiot_trainer.server.split import choose_split
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora, set_trainable_lora
+from fedbiot_trainer.shared.text_loss import evaluate_loss
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # 4-bit blocks have 64 weights
