@@ -163,8 +163,9 @@ class _Fit:
                         self._hidden(self.targets[i])[mask],
                     )
                 )
-                # As in the alignment loss, each token counts relative to its size.
-                scale = target.pow(2).mean(-1, keepdim=True).rsqrt()
+                # As in the alignment loss, each token counts relative to its size; one without any does not count.
+                size = target.pow(2).mean(-1, keepdim=True)
+                scale = size.rsqrt().where(size > 0, 0.0)
                 regression.add(x * scale, (target - y) * scale / linear.factor)
             self._passed()
         regression.gram, regression.products = map(self.accelerator.reduce, (regression.gram, regression.products))
