@@ -269,6 +269,10 @@ class EvaluationSettings:
         eval_drift (`bool`, *optional*, defaults to `False`):
             Whether evaluations also measure how far the emulator is from the full model on the evaluation set: the two
             terms of the alignment loss, as `drift_l2` and `drift_kl` in `rounds.jsonl`.
+        plug_in_scales (`list[float]`, *optional*):
+            Strengths at which the client LoRA is tried in the full model at the end; the result has the one at which
+            AdapFu is best on the evaluation set by `metric_for_best_model` (AdapFu's loss by default). Of two sets, name
+            one there (`"adap_fu_<name>_loss"`), and what the other one measures is not what was chosen by. `None`: 1.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the files that an earlier run left in `output_dir`. If `False`, such a folder is refused.
     """
@@ -291,6 +295,13 @@ class EvaluationSettings:
     eval_drift: bool = field(
         default=False,
         metadata={"help": "Measure how far the emulator is from the full model on the evaluation set, too."},
+    )
+    plug_in_scales: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Strengths at which the client LoRA is tried in the full model at the end, to keep the best by "
+            "metric_for_best_model: 0.25 0.5 0.75 1, say."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in output_dir instead of refusing it."}

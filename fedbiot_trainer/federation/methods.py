@@ -82,6 +82,7 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:
         next(iter(summaries.values())),
         **means,
         best_round=None,
+        plug_in=None,
         num_examples={name: s.num_examples[name] for name, s in summaries.items()},
         clients={name: {key: getattr(s, key) for key in ROWS} for name, s in summaries.items()},
     )

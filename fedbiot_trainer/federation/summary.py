@@ -11,7 +11,7 @@ from ..data.lengths import mean_length
 from ..output.run_folder import library_versions
 from ..server.server import FederatedServer
 from ..shared.lora_state import CLIENT
-from ..shared.records import ParameterCounts, RoundRecord, RunSummary, Scores
+from ..shared.records import ParameterCounts, PlugIn, RoundRecord, RunSummary, Scores
 
 
 def summarize(
@@ -25,6 +25,7 @@ def summarize(
     seconds: float,
     initial_alignment: dict[str, float],
     best_round: int | None,
+    plug_in: PlugIn | None,
 ) -> RunSummary:
     """
     The content of `summary.json`.
@@ -38,6 +39,7 @@ def summarize(
         seconds (`float`): Wall time.
         initial_alignment (`dict[str, float]`): What came of it.
         best_round (`int`, *optional*): The round whose LoRAs are the result, if that is not the last one.
+        plug_in ([`PlugIn`], *optional*): How strongly the client LoRA is plugged in, if that was chosen.
     """
     public = [server.trainer.train_dataset] if server.trainer is not None else []
     phases = sorted({phase for record in records for phase in record.seconds})
@@ -69,4 +71,5 @@ def summarize(
         peft_config=json.loads(json.dumps(server.models.adap_fu.peft_config[CLIENT].to_dict(), default=list)),
         versions=library_versions(),
         best_round=best_round,
+        plug_in=plug_in,
     )

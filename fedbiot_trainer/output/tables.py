@@ -94,6 +94,10 @@ def result_lines(summary: RunSummary, folder: Path) -> list[str]:
     """Bytes, time and place of the results."""
     sizes = summary.bytes
     best = [] if summary.best_round is None else [f"result: round {summary.best_round}, the best of {summary.rounds}"]
+    plug_in = summary.plug_in
+    if plug_in is not None:
+        values = ", ".join(f"{value:.4f} at {scale}" for scale, value in plug_in.values.items())
+        best.append(f"client LoRA plugged in at {plug_in.scale:g} of its strength: {plug_in.metric} {values}")
     return [
         "",
         *best,
