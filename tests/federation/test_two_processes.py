@@ -53,7 +53,8 @@ def test_processes_stop_early_together(files, tmp_path):
     assert (summary["rounds"], summary["best_round"]) == (3, 1)
 
 
-def test_two_processes_keep_the_best_round_and_strength(files, tmp_path):
+@pytest.mark.slow
+def test_two_processes_keep_the_best_round(files, tmp_path):
     settings = {"load_best_model_at_end": "true", "metric_for_best_model": "adap_fu_loss", "learning_rate": 0.3}
     settings |= {"plug_in_scales": (1, 0.5)}
     folder = run_two(files, tmp_path, "ddp", **settings)
