@@ -3,7 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -19,6 +19,7 @@ SOURCES = (
     "max_eval_samples", "max_public_samples", "partition_values", "eval_fraction", "dataset_streaming",
     "public_dataset_config", "public_fractions",
 )  # fmt: skip
+LISTS = ("client_datasets", "partition_values", "public_dataset_name", "public_fractions")
 
 
 def check_early(argv: list[str]):
@@ -30,10 +31,11 @@ def check_early(argv: list[str]):
         FileNotFoundError: If a dataset or a model is a path that leads nowhere.
         ValueError: If a setting cannot work, or not with another.
     """
-    given = _given(argv)
+    kinds = {field.name: (field.type, field.default) for settings in GROUPS for field in fields(settings)}
+    lists = {name for name, (kind, _) in kinds.items() if _item(kind)}
+    given = _given(argv, {*LISTS, *lists})
     if given is None:
         return
-    kinds = {field.name: (field.type, field.default) for settings in GROUPS for field in fields(settings)}
     values = {name: _convert(given.get(name, default), kind) for name, (kind, default) in kinds.items()}
     if values["teacher"] is None:
         values["teacher"] = "online" if values["num_adapter_layers_bottom"] > 0 else "cached"
@@ -60,8 +62,11 @@ def check_early(argv: list[str]):
         raise FileNotFoundError(f"`model_name_or_path` is '{model}', but there is no such folder.")
 
 
-def _given(argv) -> dict[str, Any] | None:
-    """Flags and the values of the YAML under them; `None` if there is something else than a run to do."""
+def _given(argv: list[str], lists: set[str]) -> dict[str, Any] | None:
+    """
+    Flags, those of `lists` word by word, and the values of the YAML under them; `None` if there is something else than a run
+    to do.
+    """
     flags: dict[str, list[str]] = {}
     name = None
     for word in argv:
@@ -78,12 +83,18 @@ def _given(argv) -> dict[str, Any] | None:
             given = yaml.safe_load(Path(flags["config"][0]).read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"`config` is '{flags['config'][0]}', which is no YAML ({error}).") from error
-    several = ("client_datasets", "partition_values", "public_dataset_name", "public_fractions")
-    return given | {name: words if name in several else " ".join(words) for name, words in flags.items() if words}
+    return given | {name: words if name in lists else " ".join(words) for name, words in flags.items() if words}
+
+
+def _item(kind: Any) -> Any:
+    """What a list setting is a list of; `None` for other settings."""
+    return next((get_args(part)[0] for part in (kind, *get_args(kind)) if get_origin(part) is list), None)
 
 
 def _convert(value: Any, kind: Any) -> Any:
     """A flag's text as what the setting is, where it can be."""
+    if isinstance(value, list) and _item(kind):
+        return [_convert(item, _item(kind)) for item in value]
     if not isinstance(value, str):
         return value
     kinds = get_args(kind) or (kind,)

@@ -1,5 +1,6 @@
 """What a configuration cannot be, found before any work starts."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,12 @@ def _check_ranges(config):
     if config.client_timeout is not None and config.client_timeout <= 0:
         raise ValueError(
             f"`client_timeout` is {config.client_timeout}, but a client needs some seconds. Leave it out for no limit."
+        )
+    scales = config.plug_in_scales
+    if scales is not None and (not scales or not all(0 <= scale < math.inf for scale in scales)):
+        raise ValueError(
+            f"`plug_in_scales` is {scales}, but it must be factors of the client LoRA, none of them negative. Try 0.25, 0.5, "
+            "0.75 and 1, or leave it out to plug it in as it is."
         )
     if config.partition not in PARTITIONS:
         raise ValueError(f"`partition` is '{config.partition}', but it must be one of {', '.join(PARTITIONS)}.")

@@ -276,6 +276,10 @@ class EvaluationSettings:
         client_zero_shot_examples (`int`, *optional*, defaults to `100`):
             Examples, at most, on which each client measures the emulator's loss before its first step. It reports their
             mean, one number, which tells whether the public text covers its own. 0: clients report nothing of the kind.
+        plug_in_scales (`list[float]`, *optional*):
+            Strengths at which the client LoRA is tried in the full model at the end; the result has the one at which
+            AdapFu is best on the evaluation set by `metric_for_best_model` (AdapFu's loss by default). Of two sets, name
+            one there (`"adap_fu_<name>_loss"`), and what the other one measures is not what was chosen by. `None`: 1.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the files that an earlier run left in `output_dir`. If `False`, such a folder is refused.
     """
@@ -310,6 +314,13 @@ class EvaluationSettings:
         metadata={
             "help": "Examples on which each client measures the emulator before its first step, to report the mean loss: "
             "whether the public text covers its own. 0 reports nothing."
+        },
+    )
+    plug_in_scales: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Strengths at which the client LoRA is tried in the full model at the end, to keep the best by "
+            "metric_for_best_model: 0.25 0.5 0.75 1, say."
         },
     )
     overwrite_output_dir: bool = field(

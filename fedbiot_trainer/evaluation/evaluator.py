@@ -83,9 +83,12 @@ class Evaluator:
 
     def adapted(self, generate: bool = False) -> dict[str, dict[str, float]]:
         """`adap_emu` (emulator + adapter layers) and `adap_fu` (full model + adapter layers) as of now."""
-        adap_emu = self._evaluate(self.models.adap_emu, generate)
+        return {"adap_emu": self._evaluate(self.models.adap_emu, generate), "adap_fu": self.adap_fu(generate)}
+
+    def adap_fu(self, generate: bool = False) -> dict[str, float]:
+        """The second of these alone."""
         with self.models.whole_on(self.args.device):
-            return {"adap_emu": adap_emu, "adap_fu": self._evaluate(self.models.adap_fu, generate)}
+            return self._evaluate(self.models.adap_fu, generate)
 
     @property
     def loss_metrics(self) -> set[str]:

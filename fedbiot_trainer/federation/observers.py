@@ -22,8 +22,8 @@ logger = logging.get_logger(__name__)
 PATIENCE = 3  # evaluated rounds
 ADVICE = (
     "Try fewer `local_steps` in more rounds, a lower `learning_rate`, public text that is nearer to the clients', or "
-    "`load_best_model_at_end=True`, which ends with the best round; of a result that is there, a smaller `lora_alpha` in "
-    "client_lora/adapter_config.json plugs in less."
+    "`load_best_model_at_end=True`, which ends with the best round, or `plug_in_scales`, which plugs in less of the client "
+    "LoRA if that is better."
 )
 
 

@@ -39,6 +39,7 @@ from .interruption import Interruption
 from .loop import RoundLoop, Schedule
 from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles
 from .participation import Participation
+from .plug_in import choose_scale
 from .pool import LocalClients
 from .public_measures import public_measures
 from .resume import check_settings, find_state, run_settings
@@ -234,6 +235,9 @@ class FederatedRunner:
             if loop.best is not None:
                 server.client_lora, server.emulator_lora = loop.best.client_lora, loop.best.emulator_lora
             progress.phase(loop.server_round, "evaluating")
+            plug_in = None
+            if self.evaluator is not None and self.args.plug_in_scales is not None:
+                plug_in = choose_scale(server, self.evaluator, self.args.plug_in_scales, self.selection)
             results = self.evaluate()
             # Shown with the last round.
             shown = self.evaluator.loss_metrics if self.evaluator and loop.server_round > 0 else set()
@@ -255,6 +259,7 @@ class FederatedRunner:
             seconds,
             loop.initial_alignment,
             None if loop.best is None else loop.best.server_round,
+            plug_in,
         )
         self.save_model()
         self.trackers.tell("on_train_end")

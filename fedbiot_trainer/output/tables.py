@@ -97,6 +97,10 @@ def result_lines(summary: RunSummary, folder: Path) -> list[str]:
     if summary.uncovered:
         uncovered = [f"the public text does not cover: {', '.join(summary.uncovered)} (`uncovered` in summary.json)"]
     best = [] if summary.best_round is None else [f"result: round {summary.best_round}, the best of {summary.rounds}"]
+    plug_in = summary.plug_in
+    if plug_in is not None:
+        values = ", ".join(f"{value:.4f} at {scale}" for scale, value in plug_in.values.items())
+        best.append(f"client LoRA plugged in at {plug_in.scale:g} of its strength: {plug_in.metric} {values}")
     return [
         "",
         *best,

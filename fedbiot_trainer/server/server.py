@@ -11,7 +11,16 @@ from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..config.settings import AlignmentSettings
-from ..shared.lora_state import CLIENT, EMULATOR, LoraState, get_lora_state, save_lora, set_lora_state, traveling
+from ..shared.lora_state import (
+    CLIENT,
+    EMULATOR,
+    LoraState,
+    get_lora_state,
+    save_lora,
+    scaled,
+    set_lora_state,
+    traveling,
+)
 from ..shared.processes import is_sharded
 from ..shared.tokenizers import prepare_tokenizer
 from ..wire.messages import ClientUpdate, LocalWork, PayloadError, RoundStart, RoundStarts
@@ -43,6 +52,7 @@ class FederatedServer:
         client_lora, emulator_lora (`dict[str, torch.Tensor]`): The LoRAs as of now, on the CPU. What the modules hold
             between two calls has no meaning.
         client_steps (`dict[str, int]`): Local steps that each client has taken so far, by name.
+        plug_in_scale (`float`): Factor of the client LoRA in the full model, and there alone.
 
     Raises:
         ValueError: If alignment is on and there is no public dataset, the model cannot be split, or a client's rank is
@@ -65,6 +75,7 @@ class FederatedServer:
         self.client_lora = get_lora_state(self.models.adap_emu, CLIENT)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
         self.client_steps: dict[str, int] = {}
+        self.plug_in_scale = 1.0
         check_client_ranks(args.ranks, self.models.adap_emu.peft_config[CLIENT])
         self.models.move(args.device, args.offload_full_model)
         self.aggregator = make_aggregator(args)
@@ -88,7 +99,7 @@ class FederatedServer:
         """Put the server's state of both LoRAs into the modules, the client LoRA into the full model as well."""
         set_lora_state(self.models.adap_emu, CLIENT, self.client_lora)
         set_lora_state(self.models.adap_emu, EMULATOR, self.emulator_lora)
-        self.models.plug_in(self.client_lora)
+        self.models.plug_in(scaled(self.client_lora, self.plug_in_scale))
 
     @property
     def alignment_steps(self) -> int:
@@ -208,8 +219,8 @@ class FederatedServer:
         self.models.adap_fu.generation_config.save_pretrained(folder)
 
     def save_client_lora(self, folder: str | Path, model_name: str | None):
-        """Write the client LoRA as a PEFT folder for the full model, with the full model's layer indices."""
-        state = self.models.split.to_full(self.client_lora)
+        """Write the client LoRA as a PEFT folder for the full model, with its layer indices, as strong as it is there."""
+        state = self.models.split.to_full(scaled(self.client_lora, self.plug_in_scale))
         save_lora(folder, self.models.adap_fu.peft_config[CLIENT], state, model_name)
 
 

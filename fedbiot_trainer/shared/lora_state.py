@@ -58,6 +58,11 @@ def traveling(state: LoraState, freeze_a: bool = False, rank: int | None = None)
     return {key: tensor[:rank] if is_a(key) else tensor[:, :rank] for key, tensor in part.items()}
 
 
+def scaled(state: LoraState, factor: float) -> LoraState:
+    """A LoRA of `factor` times the strength: in its matrices B, so that it needs no other configuration."""
+    return {key: tensor if is_a(key) else factor * tensor for key, tensor in state.items()}
+
+
 def arrived(part: LoraState, whole: LoraState) -> LoraState:
     """
     A LoRA of which a part has come: what [`traveling`] left out of matrices is zero, left-out matrices are those of

@@ -130,6 +130,22 @@ class RoundRecord:
 
 
 @dataclass
+class PlugIn:
+    """
+    How strongly the client LoRA was plugged in, and why.
+
+    Attributes:
+        scale (`float`): Factor of its matrices B in the full model and in `client_lora/`.
+        metric (`str`): What it was chosen by, as trackers name it.
+        values (`dict[str, float]`): The metric at each scale that was tried.
+    """
+
+    scale: float
+    metric: str
+    values: dict[str, float]
+
+
+@dataclass
 class RunSummary:
     """
     A whole run.
@@ -153,6 +169,7 @@ class RunSummary:
         settings, peft_config, versions (`dict`): What the run was made with.
         clients (`dict`, *optional*): Scores of each client's own run, where clients train alone.
         best_round (`int`, *optional*): The round that the result is of, with `load_best_model_at_end`. `None`: the last.
+        plug_in ([`PlugIn`], *optional*): With `plug_in_scales`, what was chosen.
     """
 
     split: SplitRecord
@@ -175,6 +192,7 @@ class RunSummary:
     uncovered: dict[str, str] = field(default_factory=dict)
     clients: dict[str, dict[str, Scores]] | None = None
     best_round: int | None = None
+    plug_in: PlugIn | None = None
 
     def write(self, file: Path):
         """Write it as JSON."""
@@ -191,4 +209,5 @@ class RunSummary:
         content["split"] = SplitRecord(**content["split"])
         content["parameters"].pop("client_share")
         content["parameters"] = ParameterCounts(**content["parameters"])
+        content["plug_in"] = PlugIn(**content["plug_in"]) if content.get("plug_in") else None
         return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})

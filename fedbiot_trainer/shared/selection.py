@@ -10,7 +10,8 @@ from ..config import FedBiOTConfig
 from .records import LOSS_METRICS
 
 
-DEFAULT = "eval_adap_fu_loss"
+ADAP_FU = "eval_adap_fu_"
+DEFAULT = f"{ADAP_FU}loss"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def choose_selection(
     What a run compares its rounds by.
 
     Raises:
-        ValueError: If it is to keep the best round, or to stop early, and there is nothing to compare.
+        ValueError: If it is to keep the best round or strength, or to stop early, and there is nothing to compare.
     """
     selection, eval_sets = Selection.of(args), list(eval_sets)
     early = EarlyStoppingCallback in [c if isinstance(c, type) else type(c) for c in callbacks]
@@ -87,6 +88,16 @@ def choose_selection(
                 f"{asks}, but `eval_rounds` is 0, so only the last round is evaluated and there is none to choose from. Set "
                 "`eval_rounds` to 1."
             )
+    if args.plug_in_scales is not None and not eval_sets:
+        raise ValueError(
+            f"`plug_in_scales` is {args.plug_in_scales}, but `eval_dataset` is None, so none of them is better than another. "
+            "Pass held-out text."
+        )
     if eval_sets:
         selection.check(eval_sets)
+    if args.plug_in_scales is not None and not selection.metric.startswith(ADAP_FU):
+        raise ValueError(
+            f"`plug_in_scales` is {args.plug_in_scales}, but `metric_for_best_model` is '{selection.metric}', which is the same "
+            "for all of them: they are for the full model alone. Name a metric of AdapFu."
+        )
     return selection

@@ -37,6 +37,19 @@ def test_wrong_setting_is_found_before_any_library_is_imported():
     assert result.stderr == RATIO + "\n"
 
 
+def test_settings_of_several_words(tmp_path):
+    flags = "--aggregation svd --client_ranks north=2 south=4 --plug_in_scales 0.5 1"
+    check_early([*OWN, *flags.split()])
+    with pytest.raises(ValueError, match=r"`client_ranks` must be NAME=RANK .* got \['north=2', 'south'\]"):
+        check_early([*OWN, *flags.replace("south=4", "south").split()])
+    with pytest.raises(ValueError, match=r"`plug_in_scales` is \[0.5, -1.0\]"):
+        check_early([*OWN, *flags.replace(" 1", " -1").split()])
+    file = tmp_path / "run.yaml"
+    file.write_text("plug_in_scales: [0.5, -2]")
+    with pytest.raises(ValueError, match=r"`plug_in_scales` is \[0.5, -2\]"):
+        check_early([*OWN, "--config", str(file)])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_last_line_under_accelerate_launch(processes):
     launcher = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]

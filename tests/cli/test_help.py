@@ -57,13 +57,14 @@ def test_flags_that_are_not_shown_are_taken(tmp_path):
 
 def test_best_round_from_the_command_line(tmp_path):
     flags = (
-        "--load_best_model_at_end true --metric_for_best_model adap_emu_loss --task demo --use_cpu true --output_dir"
+        "--load_best_model_at_end true --metric_for_best_model adap_emu_loss --plug_in_scales 0.5 1 --task demo --use_cpu true "
+        "--output_dir"
     )
     _, args, _ = make_parser().parse_args_and_config([*flags.split(), str(tmp_path)])
     assert args.load_best_model_at_end and Selection.of(args) == Selection(
         "eval_adap_emu_loss", greater_is_better=False
     )
-    assert args.without_effect() == {}
+    assert args.without_effect() == {} and args.plug_in_scales == [0.5, 1.0]
 
 
 def test_wrong_flag_is_told_without_all_the_others(capsys):

@@ -32,6 +32,9 @@ from fedbiot_trainer.config.settings import GROUPS
         ("partition", "by-column", "`partition` is 'by-column', .* `partition_column` is not set"),
         ("teacher", "offline", "`teacher` is 'offline', but it must be one of cached, online"),
         ("teacher_cache_max_gb", 0, "`teacher_cache_max_gb` is 0, but it must be positive"),
+        ("plug_in_scales", [], r"`plug_in_scales` is \[\], but it must be factors of the client LoRA"),
+        ("plug_in_scales", [1.0, -0.5], r"`plug_in_scales` is \[1.0, -0.5\], .* none of them negative"),
+        ("plug_in_scales", [float("inf")], r"`plug_in_scales` is \[inf\], but it must be factors"),
         ("max_steps", 100, "`max_steps` is 100, but a federated run counts `num_rounds`"),
         ("lr_scheduler_type", "greedy", "`lr_scheduler_type` is 'greedy'"),
         (

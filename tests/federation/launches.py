@@ -52,7 +52,9 @@ def flags_of(files, folder, batch_sizes, base="base", **settings):
         "--client_datasets", f"north={files / 'a.jsonl'}", f"south={files / 'b.jsonl'}",
         "--public_dataset_name", files / "public.jsonl", "--eval_dataset_name", files / "test.jsonl",
     ]  # fmt: skip
-    return [*map(str, flags), *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
+    for name, value in settings.items():
+        flags += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
+    return [*map(str, flags)]
 
 
 def run_two(files, folder, config, **settings):

@@ -227,7 +227,13 @@ def test_worse_than_zero_shot_is_said_once(warned):
         "AdapFu's loss on held-out text (1.9000) has been worse than the full model's without it (1.5000) for 3 "
         "evaluated rounds in a row."
     )
-    for advice in ("`local_steps`", "`learning_rate`", "public text", "`load_best_model_at_end=True`", "`lora_alpha`"):
+    for advice in (
+        "`local_steps`",
+        "`learning_rate`",
+        "public text",
+        "`load_best_model_at_end=True`",
+        "`plug_in_scales`",
+    ):
         assert advice in message
 
 

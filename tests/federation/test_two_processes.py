@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from launches import ROOT, launch, run_two, save_run_files
+
+from fedbiot_trainer.shared.lora_state import is_a, load_lora
 
 
 pytestmark = pytest.mark.trains
@@ -53,11 +56,17 @@ def test_processes_stop_early_together(files, tmp_path):
 @pytest.mark.slow
 def test_two_processes_keep_the_best_round(files, tmp_path):
     settings = {"load_best_model_at_end": "true", "metric_for_best_model": "adap_fu_loss", "learning_rate": 0.3}
+    settings |= {"plug_in_scales": (1, 0.5)}
     folder = run_two(files, tmp_path, "ddp", **settings)
     summary = json.loads((folder / "summary.json").read_text())
     losses = [json.loads(line)["adap_fu_loss"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    assert losses[summary["best_round"] - 1] == min(losses) == pytest.approx(summary["adap_fu"]["loss"])
+    values = summary["plug_in"]["values"]
+    assert losses[summary["best_round"] - 1] == min(losses) == pytest.approx(values["1"])
     assert summary["best_round"] < 3  # at this learning rate
+    assert values["1"] != values["0.5"] and min(values.values()) == pytest.approx(summary["adap_fu"]["loss"])
+    full, packed = (load_lora(folder / name)[1] for name in ("client_lora", "emulator_package/client_lora"))
+    for one, other in zip(sorted(full), sorted(packed), strict=True):
+        assert torch.equal(full[one], packed[other] * (1 if is_a(one) else summary["plug_in"]["scale"]))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from rich.console import Console
 from fedbiot_trainer.output.figures import plot_rounds
 from fedbiot_trainer.output.tables import format_bytes, result_lines, result_table, split_table
 from fedbiot_trainer.server.split_model import SplitModel
-from fedbiot_trainer.shared.records import ParameterCounts, RoundRecord, RunSummary, SplitRecord
+from fedbiot_trainer.shared.records import ParameterCounts, PlugIn, RoundRecord, RunSummary, SplitRecord
 
 
 SUMMARY = RunSummary(
@@ -87,6 +87,15 @@ def test_result_lines(tmp_path):
     lines = result_lines(SUMMARY, tmp_path)
     assert lines[1] == "bytes: 2.5 MB down and 900 B up in 7 rounds, 12.0 kB once to each client"
     assert lines[2] == f"time: 61 s, results in {tmp_path}"
+
+
+def test_result_lines_of_what_was_chosen(tmp_path):
+    plug_in = PlugIn(0.5, "eval_adap_fu_loss", {"0.5": 1.25, "1": 1.5})
+    lines = result_lines(replace(SUMMARY, best_round=3, plug_in=plug_in), tmp_path)
+    assert lines[1:3] == [
+        "result: round 3, the best of 7",
+        "client LoRA plugged in at 0.5 of its strength: eval_adap_fu_loss 1.2500 at 0.5, 1.5000 at 1",
+    ]
 
 
 @pytest.mark.parametrize("evaluated", [True, False], ids=["evaluated", "not evaluated"])

@@ -196,6 +196,20 @@ def test_padding_does_not_count():
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_a_token_of_hidden_states_zero_does_not_count():
+    """Such as one whose embedding is zero, at the start of a text: it has no size that a distance is relative to."""
+    model = tiny_model()
+    model.get_input_embeddings().weight.data[2] = 0.0
+    fitted = [{**batch, "input_ids": batch["input_ids"].clone()} for batch in texts(num_batches=20)]
+    for batch in fitted:
+        batch["input_ids"][:, 0] = 2
+    models = split(model)
+    assert not run_full_model(models, fitted[0]).entering[:, 0].any()
+    before = distance(models, texts(seed=1))
+    assert np.isfinite(start(models, fitted)["closed_form_l2"])
+    assert distance(models, texts(seed=1)) < 0.8 * before
+
+
 def test_adapter_layers_at_the_bottom_stay_out():
     models = split(tiny_model(), num_adapter_layers_bottom=2)
     fitted, before = texts(num_batches=20), distance(models, texts(seed=1))
