@@ -199,6 +199,13 @@ def model():
     return tiny_model()
 
 
+@pytest.fixture(autouse=True)
+def without_figures(request, monkeypatch):
+    """Drawing takes a quarter of a run of a tiny model: only tests that are marked `figures` have it."""
+    if "figures" not in request.keywords:
+        monkeypatch.setattr("fedbiot_trainer.output.run_folder.plot_rounds", lambda *args: None)
+
+
 @pytest.fixture
 def make_args(tmp_path):
     def make(**changes):

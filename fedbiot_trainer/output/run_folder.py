@@ -41,6 +41,7 @@ class RunFolder:
         self.package, self.client_lora = self.path / "emulator_package", self.path / "client_lora"
         self.state, self.rounds = self.path / "state", self.path / ROUNDS
         self._lock: int | None = None
+        self._rounds_drawn = 0
 
     def check_free(self):
         """
@@ -115,8 +116,9 @@ class RunFolder:
         write_model_card(self.client_lora, self.model_name, self.args, summary)
         if summary is not None:
             summary.write(self.path / "summary.json")
-        if records:
+        if len(records) != self._rounds_drawn:
             plot_rounds(records, self.path / "rounds.png")
+            self._rounds_drawn = len(records)
 
 
 def folder_name(client: str) -> str:

@@ -97,7 +97,9 @@ def same_run(make_runner, tmp_path, one: dict, other: dict, kernels=(None, None)
     return runner
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gpt_neox"))]
+)
 def test_flash_attention(make_runner, tmp_path, flash_attn, model_type):
     generate = {"eval_metric": "exact_match", "eval_max_new_tokens": 3}
     one, other = (

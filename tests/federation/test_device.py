@@ -12,7 +12,7 @@ import pytest
 from conftest import save_files
 
 
-pytestmark = pytest.mark.trains
+pytestmark = [pytest.mark.trains, pytest.mark.slow]  # compiles the device for a minute and a half
 
 
 HERE = Path(__file__).parent

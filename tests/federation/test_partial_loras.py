@@ -105,7 +105,10 @@ def test_mean_of_b_is_the_mean_of_products(make_runner):
         assert torch.allclose(after[key].double() @ a, mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("aggregation", ["fedadam", "median", "multi_krum", "norm_clipping"])
+@pytest.mark.parametrize(
+    "aggregation",
+    ["fedadam", "median", *(pytest.param(r, marks=pytest.mark.slow) for r in ("multi_krum", "norm_clipping"))],
+)
 def test_fixed_a_with_other_rules(make_runner, aggregation):
     clients = {f"c{i}": sums(4 * i, 4 * i + 4) for i in range(5)}
     runner = make_runner(

@@ -434,6 +434,7 @@ def test_bad_update_is_refused_and_the_round_goes_on(make_runner, kind):
     assert all(torch.isfinite(tensor).all() for tensor in runner.server.client_lora.values())
 
 
+@pytest.mark.figures
 def test_rounds_without_a_valid_update_stop_the_run(make_runner):
     runner = make_runner(num_rounds=9)
     for client in runner.clients.values():
