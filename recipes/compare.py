@@ -321,7 +321,7 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
     lines = [header]
     for row in rows:
         scores = [_cell(row, key, metric) for metric in metrics for key in ("adap_emu", "adap_fu")]
-        scores += [f"{gain_recovered(row, rows, metric):.0%}" for metric in recovered]
+        scores += [f"{gain_recovered(row, rows, metric):z.0%}" for metric in recovered]
         flops = [row[name] for name in ("client_flops", "server_flops")]
         flops = ["" if value is None else f"{value / 1e12:.3g}" for value in flops]
         costs = f"{row['trainable_parameters']:,.0f}", format_bytes(row["bytes_per_client_round"]), *flops

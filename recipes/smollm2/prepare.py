@@ -95,7 +95,7 @@ def xquad(read: Read, rng: random.Random) -> tuple[dict[str, list[Example]], lis
 
 def medquad(read: Read, rng: random.Random) -> tuple[dict[str, list[Example]], list[Example], list[Example]]:
     examples = [
-        ask(row["question"], row["answer"], institute=short_name(row["institute"]), focus=row["focus"])
+        ask(row["question"], row["answer"], institute=short_name(row["institute"]), focus=row["focus"].lower())
         for row in read("medquad")
         if len(row["answer"]) < MAX_PASSAGE
     ]
