@@ -12,7 +12,8 @@ that was interrupted goes on where it was, within a cell too, when the same comm
 DDP or ZeRO-2 can run it. ZeRO-3 can run neither adapter layers at both ends nor, without --no-drift, FedBiOT; DeepSpeed
 cannot run the clients alone.
 
-Leaves `results.json` (one object per cell), `table.md` and `comparison.png`, with --ablation also `ablation.png`.
+Leaves `results.json` (one object per cell), `rows.json` (the same, only the scores), `table.md` and `comparison.png`,
+with --ablation also `ablation.png`.
 """
 
 import argparse
@@ -46,7 +47,12 @@ from fedbiot_trainer.shared.records import RoundRecord, RunSummary
 
 
 RECIPES = Path(__file__).parent
-TASKS = {"demo": "demo/demo.yaml", "gsm8k": "gsm8k/cpu.yaml", "code": "code/cpu.yaml"}
+TASKS = {
+    "demo": "demo/demo.yaml",
+    "gsm8k": "gsm8k/cpu.yaml",
+    "code": "code/cpu.yaml",
+    **{f"smollm2-{task}": f"smollm2/{task}.yaml" for task in ("svamp", "xquad", "medquad", "gsm8k", "code")},
+}
 PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
 NO_FLOPS = {"client_flops": 0, "server_flops": 0}
 OWN = {
@@ -255,10 +261,49 @@ def aggregate(results: list[dict]) -> list[dict]:
         for key in ("adap_emu", "adap_fu"):
             if cells[0][key] is not None:
                 row[key] = {name: spread([cell[key][name] for cell in cells]) for name in cells[0][key]}
+        row["gain"] = {
+            name: mean(cell["adap_fu"][name] - cell["zero_shot"][name] for cell in cells)
+            for name in cells[0]["adap_fu"]
+        }
         for name in ("trainable_parameters", "bytes_per_client_round", "client_flops", "server_flops", "seconds"):
             row[name] = None if cells[0][name] is None else mean(cell[name] for cell in cells)
         rows.append(row)
     return rows
+
+
+def rows_of_scores(results: list[dict]) -> list[dict]:
+    """The cells' results in one form for every task: `loss` and `metric`, the task's own; `None` where there is none."""
+
+    def scores(values):
+        if values is None:
+            return None
+        name, value = _score(values)
+        return {"loss": values["loss"], "metric": None if name == "loss" else value}
+
+    return [
+        {
+            "task": result["task"],
+            "method": {"local_only": "alone"}.get(result["method"], result["method"]),
+            "beta": result["beta"],
+            "seed": result["seed"],
+            "zero_shot": scores(result["zero_shot"]),
+            "adap_emu": scores(result["adap_emu"]),
+            "adap_fu": scores(result["adap_fu"]) if result["method"] != "zero_shot" else None,
+        }
+        for result in results
+    ]
+
+
+def gain_recovered(row: dict, rows: list[dict], metric: str) -> float | None:
+    """
+    The share of what LoRA on the full model gains over zero-shot that AdapFu of `row` gains, in means over the seeds.
+
+    Returns:
+        `float`, *optional*: 0 is zero-shot, 1 is LoRA on the full model. `None` if that was not run or gained nothing.
+    """
+    most = next((other["gain"][metric] for other in rows if other["method"] == "full_lora"), 0.0)
+    gains = most > 0 if metric != "loss" else most < 0
+    return row["gain"][metric] / most if gains else None
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -270,10 +315,13 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
     """The rows as lines of a table, its header first."""
     metrics = [name for name in rows[0]["adap_fu"] if name != "token_accuracy"]
     names = [f"{who} {metric.replace('_', ' ')}" for metric in metrics for who in ("AdapEmu", "AdapFu")]
+    recovered = [m for m in metrics if any(gain_recovered(row, rows, m) is not None for row in rows)]
+    names += [f"gain recovered ({metric.replace('_', ' ')})" for metric in recovered]
     header = ["method", "beta", "seeds", *names, "trained", "bytes/round", "client TFLOPs", "server TFLOPs", "s"]
     lines = [header]
     for row in rows:
         scores = [_cell(row, key, metric) for metric in metrics for key in ("adap_emu", "adap_fu")]
+        scores += [f"{gain_recovered(row, rows, metric):z.0%}" for metric in recovered]
         flops = [row[name] for name in ("client_flops", "server_flops")]
         flops = ["" if value is None else f"{value / 1e12:.3g}" for value in flops]
         costs = f"{row['trainable_parameters']:,.0f}", format_bytes(row["bytes_per_client_round"]), *flops
@@ -296,7 +344,8 @@ def report(results: list[dict], folder: Path, console: Console):
     rows = aggregate(results)
     header, *body = table_cells(rows)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name, content in (("results", results), ("rows", rows_of_scores(results))):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
     plot_comparison(rows, results, folder / "comparison.png")
     if any(row["method"] in ABLATION for row in rows):
@@ -419,7 +468,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for flag in {flag.partition("=")[0] for flag in flags} & OWN.keys():
         parser.error(f"`{flag}` is set by the comparison in each cell. {OWN[flag]}")
     args.config = args.config or RECIPES / TASKS[args.task]
-    args.task = args.task or args.config.parent.name
+    known = {(RECIPES / file).resolve(): task for task, file in TASKS.items()}
+    args.task = args.task or known.get(args.config.resolve(), args.config.parent.name)
     if not args.config.is_file():
         parser.error(f"`--config` is '{args.config}', but there is no such file.")
     return args, flags

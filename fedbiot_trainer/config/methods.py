@@ -56,6 +56,17 @@ class Method:
 
 NO_ALIGNMENT = {"initial_alignment_steps": 0, "alignment_steps": 0, "alignment_init": "zero"}
 DISTILLED_ONCE = {"proximal_weight": 0.0, "alignment_kl_weight": 0.0, "alignment_init": "zero"}
+# The paper's code, in what is a choice of the method's: rounds, steps, LoRAs and data are those of the run.
+PAPER = {
+    "proximal_weight": 0.01,
+    "initial_alignment_steps": 500,
+    "alignment_steps": 10,
+    "alignment_kl_weight": 0.9,
+    "alignment_learning_rate": 5e-4,
+    "alignment_lr_scheduler_type": "constant",
+    "alignment_warmup_steps": 0,
+    "alignment_init": "zero",
+}
 METHODS = {
     "zero_shot": Method("the full model as it is", {"num_rounds": 0, **NO_ALIGNMENT}),
     "offsite_tuning": Method(
@@ -69,6 +80,7 @@ METHODS = {
         "offsite-tuning with federated averaging (Kuang et al., 2024)", DISTILLED_ONCE, both_ends=True, align_once=True
     ),
     "fedbiot": Method("the settings as they are"),
+    "fedbiot_paper": Method("FedBiOT as the paper's code sets it", PAPER),
     "full_lora": Method(
         "federated averaging of a LoRA on all layers: every client holds the full model, an upper bound",
         {
@@ -78,6 +90,10 @@ METHODS = {
             "proximal_weight": 0.0,
             **NO_ALIGNMENT,
         },
+    ),
+    "ceiling": Method(
+        "FedBiOT with nothing dropped: the most that these adapter layers can give",
+        {"emulator_drop_ratio": 0.0, **NO_ALIGNMENT},
     ),
     "local_only": Method("FedBiOT with each client alone; mean over the clients", clients="alone"),
     # One factor at a time
@@ -91,6 +107,8 @@ METHODS = {
 }
 
 
-COMPARISON = ("zero_shot", "offsite_tuning", "fedot", "fedbiot", "full_lora", "local_only")
+COMPARISON = (
+    "zero_shot", "offsite_tuning", "fedot", "fedbiot_paper", "fedbiot", "ceiling", "full_lora", "local_only",
+)  # fmt: skip
 ABLATION = ("fedbiot_both_ends", "fedbiot_no_proximal", "fedbiot_align_once", "fedbiot_no_kl", "fedbiot_closed_form")
-WITHOUT_EMULATOR = ("zero_shot", "full_lora")  # the same at every drop ratio
+WITHOUT_EMULATOR = ("zero_shot", "ceiling", "full_lora")  # the same at every drop ratio

@@ -48,7 +48,7 @@ def test_every_method_runs(run, method, tmp_path):
         assert summary.adap_fu == summary.zero_shot
     else:
         assert summary.adap_fu["loss"] != summary.zero_shot["loss"]
-    if method == "full_lora":
+    if method in ("full_lora", "ceiling"):
         assert summary.adap_fu == summary.adap_emu
 
 
@@ -61,6 +61,26 @@ def test_budgets_are_equal(make_args):
     assert pooled.local_steps == 2 * fedot.local_steps == 2 * args.local_steps
     assert fedot.proximal_weight == fedot.alignment_kl_weight == 0
     assert args.teacher == "cached" and fedot.teacher == "online"
+
+
+def test_fedbiot_as_in_the_papers_code(make_args):
+    """What the method chooses is the paper's, whatever the run's own choice; how long it trains is the run's."""
+    ours = make_args(
+        proximal_weight=1e-4, alignment_init="closed_form", alignment_kl_weight=0.0, alignment_warmup_steps=2
+    )
+    paper = METHODS["fedbiot_paper"].configure(ours, 2)
+    assert (paper.proximal_weight, paper.alignment_kl_weight, paper.alignment_init) == (0.01, 0.9, "zero")
+    assert (paper.initial_alignment_steps, paper.alignment_steps, paper.alignment_warmup_steps) == (500, 10, 0)
+    assert (paper.num_rounds, paper.local_steps) == (ours.num_rounds, ours.local_steps)
+    assert ours.proximal_weight == 1e-4
+
+
+def test_the_ceiling_differs_from_fedbiot_by_the_emulator_alone(run):
+    assert run("ceiling").adap_fu == pytest.approx(
+        run(
+            "fedbiot", emulator_drop_ratio=0.0, initial_alignment_steps=0, alignment_steps=0, overwrite_output_dir=True
+        ).adap_fu
+    )
 
 
 def test_fedbiot_is_the_plain_run(run, make_runner, tmp_path):

