@@ -26,7 +26,8 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=needs_experts) if name == "glm4_moe" else name for name in SAMPLE]
+    "model_type",
+    [pytest.param(name, marks=needs_experts) if name in ("glm4_moe", "deepseek_v4") else name for name in SAMPLE],
 )
 def test_sample_is_as_the_table_says(model_type, tmp_path):
     outcome = architectures.try_architecture(model_type, tmp_path)
