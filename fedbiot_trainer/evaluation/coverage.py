@@ -12,9 +12,9 @@ from ..shared.round_trainer import RoundTrainer
 from ..shared.text_loss import evaluate_loss
 
 
-# The client's excess over the full model is what tells, but the full model never reads private text. So its losses on the
-# two are taken to differ by this much at most, in nats per token: kinds of text that a model knows are seldom further
-# apart. What is above is the emulator's own failing.
+# What tells is how far the emulator is behind the full model on a client's text, which the full model never reads. So its
+# loss there is taken to be that on held-out private text, or, without any, on public text. The emulator may be behind it by
+# this much, in nats per token.
 COVERAGE_MARGIN = 2.0
 EMULATOR_LOSS, FULL_LOSS = "public_emulator_loss", "public_full_loss"
 
@@ -49,18 +49,20 @@ class PublicLoss:
             )["loss"]
 
 
-def why_uncovered(client_loss: float, public: Mapping[str, float]) -> str | None:
+def why_uncovered(client_loss: float, public: Mapping[str, float], held_out_loss: float | None = None) -> str | None:
     """
     What tells that the public text does not cover a client's, in words; `None` if nothing does.
 
     Args:
         client_loss (`float`): The emulator's loss on the client's text before any step of it, in nats per token.
         public (`dict[str, float]`): What [`PublicLoss`] measured after the initial alignment, if anything.
+        held_out_loss (`float`, *optional*): The full model's on held-out private text, as it came.
     """
     emulator = public.get(EMULATOR_LOSS)
-    if emulator is None or not client_loss > emulator + COVERAGE_MARGIN:
+    if emulator is None or not client_loss > max(emulator, held_out_loss or 0.0) + COVERAGE_MARGIN:
         return None
+    held_out = "" if held_out_loss is None else f", and {held_out_loss:.3g} on held-out text"
     return (
         f"the emulator's loss on it is {client_loss:.3g} before any training, {emulator:.3g} on the public text, where "
-        f"the full model's is {public[FULL_LOSS]:.3g}"
+        f"the full model's is {public[FULL_LOSS]:.3g}{held_out}"
     )

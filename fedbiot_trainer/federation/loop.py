@@ -251,7 +251,8 @@ class RoundLoop:
         if zero_shot is None or any(name in earlier.client_zero_shot_losses for earlier in self.records):
             return
         record.client_zero_shot_losses[name] = zero_shot
-        why = why_uncovered(zero_shot, self.initial_alignment)
+        held_out = None if self.evaluator is None else self.evaluator.zero_shot()["loss"]
+        why = why_uncovered(zero_shot, self.initial_alignment, held_out)
         if why is not None:
             record.uncovered[name] = why
 

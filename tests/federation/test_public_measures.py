@@ -72,13 +72,20 @@ def test_public_eval_size_must_leave_something(make_runner):
 
 
 @pytest.mark.parametrize(
-    "client, public, says", [(4.5, PUBLIC, True), (3.9, PUBLIC, False), (1.0, PUBLIC, False), (9.0, {}, False)]
+    "client, public, held_out, says",
+    [
+        (4.5, PUBLIC, None, "4.5 before any training, 2 on the public text, where the full model's is 1.25"),
+        (3.9, PUBLIC, None, None),
+        (1.0, PUBLIC, None, None),
+        (9.0, {}, None, None),
+        (4.5, PUBLIC, 1.0, "where the full model's is 1.25, and 1 on held-out text"),
+        (4.5, PUBLIC, 2.6, None),  # the task is new to the full model, too
+        (9.0, {}, 1.0, None),
+    ],
 )
-def test_rule(client, public, says):
-    why = why_uncovered(client, public)
-    assert (why is not None) == says
-    if says:
-        assert "4.5 before any training, 2 on the public text, where the full model's is 1.25" in why
+def test_rule(client, public, held_out, says):
+    why = why_uncovered(client, public, held_out)
+    assert why is None if says is None else why.endswith(says)
 
 
 def test_each_client_is_told_once(make_runner, everything_uncovered, capsys):
