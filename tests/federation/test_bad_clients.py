@@ -69,5 +69,6 @@ def test_fedavg_trusts_everyone(final_loss, attack):
     assert final_loss("fedavg", attack) > 1.1 * final_loss("fedavg", attack, clean=True)
 
 
+@pytest.mark.slow
 def test_norm_clipping_bounds_what_a_client_can_do(final_loss):
     assert final_loss("norm_clipping", HUGE) < 1.1 * final_loss("fedavg", HUGE, clean=True)

@@ -38,7 +38,9 @@ BOTH_ENDS = {name: [0, 7] for name in ("offsite_tuning", "fedot", "fedbiot_both_
 ADAPTER_LAYERS = {**BOTH_ENDS, "full_lora": list(range(8))}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name == "fedbiot_paper" else name for name in METHODS]
+)  # of which that has 500 steps of alignment
 def test_every_method_runs(run, method, tmp_path):
     summary = run(method, eval_drift=True)
     assert list(summary.split.adapter_layers) == ADAPTER_LAYERS.get(method, [6, 7])

@@ -333,7 +333,10 @@ def test_names_of_tasks(compare, tmp_path):
     assert compare["parse_args"](["--config", other, "--output_dir", str(tmp_path)])[0].task == "gsm8k"
 
 
-@pytest.mark.parametrize("method", ["fedbiot", "fedot", "full_lora", "local_only", "ceiling"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("fedot", "full_lora", "ceiling")]
+
+
+@pytest.mark.parametrize("method", ["fedbiot", "local_only", *OTHERS])
 def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     save_files(tmp_path, tokenizer)
     cell = compare["Cell"](method, 0.5, 0)

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ DATA = Path(os.environ.get("FEDBIOT_DATA", ""))
 SETS = ("word_problems_train", "svamp_test", "gsm8k_train", "gsm8k_test", "xquad_en", "medquad", "codealpaca",
         "instructions")  # fmt: skip
 TASKS = ["svamp", "xquad", "medquad", "gsm8k", "code"]
+PREPARED = ["svamp", *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS[1:])]
 real_data = pytest.mark.skipif(
     not all((DATA / f"{name}.jsonl").exists() for name in SETS),
     reason=f"FEDBIOT_DATA names no folder with {', '.join(SETS)} as .jsonl",
@@ -36,15 +38,9 @@ def text(example):
 
 @pytest.fixture(scope="module")
 def made(prepare):
-    """The examples of every task's files, of the real sets."""
-    kept = {}
-
-    def read(name):
-        if name not in kept:
-            kept[name] = prepare["read"](name, DATA)
-        return kept[name]
-
-    return {task: prepare["make"](task, read, seed=42) for task in TASKS}
+    """The examples of a task's files, of the real sets; each is made once."""
+    read = functools.cache(lambda name: prepare["read"](name, DATA))
+    return functools.cache(lambda task: prepare["make"](task, read, seed=42))
 
 
 def sides(files):
@@ -54,23 +50,23 @@ def sides(files):
 
 
 @real_data
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PREPARED)
 def test_files_of_a_task(made, task):
-    train, heldout, public = sides(made[task])
+    train, heldout, public = sides(made(task))
     assert len(train) > 600 and 90 <= len(heldout) <= 200 and len(public) > 500
     assert all(set(e) >= {"prompt", "completion"} and e["completion"].strip() for e in train + heldout + public)
     paths = yaml.safe_load((FOLDER / f"{task}.yaml").read_text())
     names = [item.partition("=")[2] for item in paths.get("client_datasets", [])] or [paths["dataset_name"]]
     names += [paths["eval_dataset_name"], paths["public_dataset_name"]]
-    written = {f"outputs/smollm2/{task}/{name}.jsonl" for name in made[task]}
+    written = {f"outputs/smollm2/{task}/{name}.jsonl" for name in made(task)}
     assert written - set(names) == {f"outputs/smollm2/{task}/far.jsonl"} and set(names) <= written
 
 
 @real_data
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PREPARED)
 def test_no_private_text_is_public(made, task):
     """Neither a whole private text nor a question, passage or answer of one, of more than 30 characters."""
-    train, heldout, public = sides(made[task])
+    train, heldout, public = sides(made(task))
     everything = "\0".join({text(example) for example in public})
     pieces = {piece.strip() for e in train + heldout for piece in (*e["prompt"].split("\n"), e["completion"])}
     private = {re.sub("^(Question|Instruction|Input): ", "", piece) for piece in pieces}
@@ -79,9 +75,9 @@ def test_no_private_text_is_public(made, task):
 
 
 @real_data
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PREPARED)
 def test_nothing_held_out_is_trained_on(made, task):
-    train, heldout, _ = sides(made[task])
+    train, heldout, _ = sides(made(task))
     assert not {e["prompt"] for e in train} & {e["prompt"] for e in heldout}
     long = {e["completion"] for e in heldout if len(e["completion"]) > 40}
     assert not long & {e["completion"] for e in train}
@@ -92,15 +88,19 @@ def test_nothing_held_out_is_trained_on(made, task):
 
 
 @real_data
-def test_near_text_has_the_clients_form(made):
-    for task, files in made.items():
-        far = {text(example) for example in files["far"]}
-        near = files["near"]
-        assert [text(e) in far for e in near] == [True, False] * (len(near) // 2)
-        start, end = ("Instruction: ", "\nResponse:") if task == "code" else ("Question: ", "\nAnswer:")
-        own = files["eval"] + near[1::2]
-        assert all(start in e["prompt"] and e["prompt"].endswith(end) for e in own)
-    assert made["svamp"]["near"][1]["prompt"] != made["gsm8k"]["near"][1]["prompt"]
+@pytest.mark.parametrize("task", PREPARED)
+def test_near_text_has_the_clients_form(made, task):
+    far, near = {text(example) for example in made(task)["far"]}, made(task)["near"]
+    assert [text(e) in far for e in near] == [True, False] * (len(near) // 2)
+    start, end = ("Instruction: ", "\nResponse:") if task == "code" else ("Question: ", "\nAnswer:")
+    own = made(task)["eval"] + near[1::2]
+    assert all(start in e["prompt"] and e["prompt"].endswith(end) for e in own)
+
+
+@real_data
+@pytest.mark.slow
+def test_near_text_of_two_tasks_differs(made):
+    assert made("svamp")["near"][1]["prompt"] != made("gsm8k")["near"][1]["prompt"]
 
 
 def test_shared_words_make_a_text_private(prepare):
@@ -174,7 +174,7 @@ def test_names_of_institutes(prepare):
     assert [prepare["short_name"](name) for name in names] == ["NHLBI", "MPlusHealthTopics", "GHR", "GHR"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PREPARED)
 def test_yaml_is_the_recipes_common_setting(task):
     """The tasks differ in data, batches and the metric of their own; the method is the same."""
     ours, svamp = (yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in (task, "svamp"))
