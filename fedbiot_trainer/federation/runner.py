@@ -4,12 +4,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -29,13 +27,11 @@ from ..output.tables import result_lines, result_table, split_table
 from ..output.trackers import Trackers
 from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
-from ..shared.precision import warn_of_slow_bf16
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection
-from ..shared.tokenizers import prepare_tokenizer
-from ..wire.package import load_model
 from .interruption import Interruption
+from .loading import load_for_run
 from .loop import RoundLoop, Schedule
 from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles
 from .participation import Participation
@@ -112,17 +108,7 @@ class FederatedRunner:
 
         set_seed(args.seed)
         with no_progress_bars():
-            if isinstance(model, str):
-                init_kwargs, shared = args.init_kwargs(), ("revision", "token", "trust_remote_code")
-                remote = {name: value for name, value in init_kwargs.items() if name in shared and value is not None}
-                processing_class = processing_class or AutoTokenizer.from_pretrained(model, **remote)
-            if processing_class is None:
-                raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
-            processing_class = prepare_tokenizer(processing_class, args)
-            texts.check_chat_template(processing_class, args.dataset_text_field)
-            if isinstance(model, str):
-                model = load_model(model, **init_kwargs)
-            warn_of_slow_bf16(args.device, args.bf16 or model.dtype == torch.bfloat16)
+            model, processing_class = load_for_run(model, processing_class, args, texts)
             inner_args = args.quiet()
             self.server = FederatedServer(
                 model, inner_args, texts.public, processing_class, peft_config, emulator_peft_config

@@ -194,7 +194,7 @@ def test_patience_without_keeping_the_best(make_runner, losses):
     ids=["no text", "never", "unknown", "at the end", "early stopping without text", "early stopping, never"],
 )
 def test_what_cannot_be_compared_is_refused_at_once(make_runner, monkeypatch, settings, message):
-    monkeypatch.setattr("fedbiot_trainer.federation.runner.prepare_tokenizer", None)  # it does not come that far
+    monkeypatch.setattr("fedbiot_trainer.federation.loading.prepare_tokenizer", None)  # it does not come that far
     with pytest.raises(ValueError, match=message):
         make_runner(**{"load_best_model_at_end": True, **settings})
 

@@ -593,7 +593,7 @@ def test_tokenizer_is_loaded_as_the_model_is(make_args, tokenizer, tmp_path, mon
         seen.update(kwargs)
         return tokenizer
 
-    monkeypatch.setattr("fedbiot_trainer.federation.runner.AutoTokenizer.from_pretrained", load)
+    monkeypatch.setattr("fedbiot_trainer.federation.loading.AutoTokenizer.from_pretrained", load)
     args = make_args(model_init_kwargs={"revision": "v2"}, trust_remote_code=True)
     FederatedRunner(str(tmp_path / "base"), args, {"a": sums(0, 2)}, public_dataset=sums(0, 2))
     assert seen == {"revision": "v2", "trust_remote_code": True}

@@ -21,8 +21,6 @@ from fedbiot_trainer.client.trainer import ClientSFTTrainer
 from fedbiot_trainer.server.alignment import EmulatorAlignmentTrainer
 from fedbiot_trainer.shared.compat import (
     DIFFERENCES,
-    SOURCES,
-    USES,
     Difference,
     add_fused_lm_head,
     attention_flops,
@@ -37,6 +35,7 @@ from fedbiot_trainer.shared.compat import (
 )
 from fedbiot_trainer.shared.lora_layers import FusedLoraLinear
 from fedbiot_trainer.shared.round_trainer import RoundTrainer
+from fedbiot_trainer.shared.upstream import SOURCES, USES
 
 
 PACKAGE = Path(fedbiot_trainer.__file__).parent
@@ -254,7 +253,7 @@ def test_everything_private_that_is_used_is_listed():
     used = private_uses()
     assert len(used) > 10
     unlisted = sorted((place, name) for name, place in used if name not in LISTED and name != "_hooks")
-    assert not unlisted, "these are private to a library: see `fedbiot_trainer/shared/compat.py`"
+    assert not unlisted, "these are private to a library: see `fedbiot_trainer/shared/upstream.py`"
 
 
 @pytest.mark.parametrize("cls", [*TRAINERS, FusedLoraLinear])
