@@ -50,7 +50,7 @@ def plot_rounds(records: list[RoundRecord], image_file: str | Path):
     alignment.set(title="Emulator against full model, public text", xlabel="round", ylabel="alignment loss")
     for axes in (losses, alignment):
         if axes.lines:
-            axes.legend(frameon=False)
+            axes.legend(facecolor="white", edgecolor="none")  # a line behind it would cross its text
         values = [value for line in axes.lines for value in line.get_ydata()]
         if min(values, default=0) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")
