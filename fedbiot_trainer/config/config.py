@@ -60,6 +60,13 @@ class FedBiOTConfig(
     save_strategy: str = field(
         default="no", metadata={"help": "A run saves its LoRAs after each round, and no checkpoints."}
     )
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the result is the best evaluated round's, by `metric_for_best_model`, and not the last one's. By "
+            "default it is where rounds are evaluated."
+        },
+    )
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={"help": "Deprecated in transformers: use activation_checkpointing. Off by default here."},

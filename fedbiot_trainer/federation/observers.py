@@ -22,8 +22,7 @@ logger = logging.get_logger(__name__)
 PATIENCE = 3  # evaluated rounds
 ADVICE = (
     "Try fewer `local_steps` in more rounds, a lower `learning_rate`, public text that is nearer to the clients', or "
-    "`load_best_model_at_end=True`, which ends with the best round, or `plug_in_scales`, which plugs in less of the client "
-    "LoRA if that is better."
+    "`plug_in_scales`, which plugs in less of the client LoRA if that is better."
 )
 
 
@@ -72,9 +71,11 @@ class WarnOfNoGain(Observer):
 
     Args:
         records (sequence of [`RoundRecord`]): Rounds before a resume.
+        keeps_best_round (`bool`): Whether the run ends with its best round anyway.
     """
 
-    def __init__(self, records: Sequence[RoundRecord]):
+    def __init__(self, records: Sequence[RoundRecord], keeps_best_round: bool):
+        self.keeps_best_round = keeps_best_round
         self.worse_than_zero_shot = self.worse_than_best = 0
         self.best_round, self.best_loss = 0, math.inf
         self.warned = False
@@ -91,6 +92,11 @@ class WarnOfNoGain(Observer):
         else:
             self.worse_than_best += 1
 
+    def _result(self) -> str:
+        if self.keeps_best_round:
+            return "The run ends with its best round all the same (`load_best_model_at_end`)."
+        return "The run ends with its last round: `load_best_model_at_end=True` would keep the best."
+
     def on_round_end(self, record: RoundRecord):
         self._count(record)
         if self.warned or not is_main_process() or record.adap_fu_loss is None:
@@ -104,7 +110,7 @@ class WarnOfNoGain(Observer):
         self.warned = True
         logger.warning(
             f"AdapFu's loss on held-out text ({record.adap_fu_loss:.4f}) has been worse than {than} for {PATIENCE} evaluated "
-            f"rounds in a row. {ADVICE}"
+            f"rounds in a row. {ADVICE} {self._result()}"
         )
 
 

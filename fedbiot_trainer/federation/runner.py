@@ -29,7 +29,7 @@ from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
-from ..shared.selection import choose_selection
+from ..shared.selection import choose_selection, keeps_best_round
 from .interruption import Interruption
 from .loading import load_for_run
 from .loop import RoundLoop, Schedule
@@ -105,6 +105,7 @@ class FederatedRunner:
             self.folder.check_free()
         texts = RunTexts.of(args, client_datasets, train_dataset, public_dataset, eval_dataset)
         self.selection = choose_selection(args, texts.eval_sets, callbacks or [])
+        self.keeps_best_round = keeps_best_round(args, texts.eval_sets)
 
         set_seed(args.seed)
         with no_progress_bars():
@@ -282,9 +283,7 @@ class FederatedRunner:
         return progress
 
     def _loop(self, progress: RunProgress, state: FederationState | None) -> RoundLoop:
-        args, guards = self.args, []
-        if not args.load_best_model_at_end:
-            guards.append(WarnOfNoGain(state.records if state is not None else []))
+        args, records = self.args, state.records if state is not None else []
         keep = max(2, args.save_total_limit or 2)  # one to fall back on
         return RoundLoop(
             self.server,
@@ -297,13 +296,13 @@ class FederatedRunner:
                 WriteFiles(self.folder, self.server),
                 ShowProgress(progress),
                 CallCallbacks(self.trackers),
-                *guards,
+                WarnOfNoGain(records, self.keeps_best_round),
             ],
             evaluator=self.evaluator,
             drift=self.drift,
             public_loss=self.public_loss,
             settings=self.settings,
-            selection=self.selection if args.load_best_model_at_end else None,
+            selection=self.selection if self.keeps_best_round else None,
         )
 
     def evaluate(self) -> dict[str, dict[str, float]]:

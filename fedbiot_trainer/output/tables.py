@@ -15,7 +15,7 @@ ROWS = {
 
 
 # Metrics to show in percent.
-SHARES = ("token_accuracy", "exact_match", "gsm8k_accuracy", "pass_at_")
+SHARES = ("accuracy", "exact_match", "pass_at_")
 
 
 def split_table(
@@ -96,7 +96,13 @@ def result_lines(summary: RunSummary, folder: Path) -> list[str]:
     uncovered = []
     if summary.uncovered:
         uncovered = [f"the public text does not cover: {', '.join(summary.uncovered)} (`uncovered` in summary.json)"]
-    best = [] if summary.best_round is None else [f"result: round {summary.best_round}, the best of {summary.rounds}"]
+    best = []
+    if summary.best_round is not None:
+        best.append(f"result: round {summary.best_round}, the best of {summary.rounds}")
+    elif summary.adap_fu is None and summary.rounds > 0:
+        best.append(
+            "result: the last round; without held-out text (`eval_dataset`) nothing says whether another is better"
+        )
     plug_in = summary.plug_in
     if plug_in is not None:
         values = ", ".join(f"{value:.4f} at {scale}" for scale, value in plug_in.values.items())

@@ -1,7 +1,7 @@
 """Which of a run's rounds is the best."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
@@ -60,6 +60,13 @@ class Selection:
         if best is None:
             best = -math.inf if self.greater_is_better else math.inf
         return value > best if self.greater_is_better else value < best
+
+
+def keeps_best_round(args: FedBiOTConfig, eval_sets: Collection[str]) -> bool:
+    """Whether a run ends with its best round: as it is told, or else where rounds are evaluated."""
+    if args.load_best_model_at_end is not None:
+        return args.load_best_model_at_end
+    return args.eval_rounds > 0 and len(eval_sets) > 0
 
 
 def choose_selection(

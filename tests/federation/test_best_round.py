@@ -67,8 +67,9 @@ def assert_result_is(runner, client_lora, emulator_lora):
         assert same(packed, lora)
 
 
-def test_result_is_the_best_round(make_runner, losses):
-    runner, watch = watched(make_runner, losses, LOSSES[:4])
+@pytest.mark.parametrize("asked", [None, True])
+def test_result_is_the_best_round(make_runner, losses, asked):
+    runner, watch = watched(make_runner, losses, LOSSES[:4], load_best_model_at_end=asked)
     summary = runner.train()
     assert summary.best_round == 2 and summary.rounds == 4
     assert json.loads((runner.folder.path / "summary.json").read_text())["best_round"] == 2
@@ -78,7 +79,15 @@ def test_result_is_the_best_round(make_runner, losses):
     assert "of which round 2 was the best and is this one" in (runner.folder.client_lora / "README.md").read_text()
 
 
-def test_result_of_the_last_round_otherwise(make_runner, losses):
+@pytest.mark.parametrize("unseen", [{"eval_dataset": None}, {"eval_rounds": 0}], ids=str)
+def test_without_evaluated_rounds_the_result_is_the_last_one(make_runner, capsys, unseen):
+    runner = make_runner(num_rounds=2, local_steps=1, **unseen)
+    assert runner.train().best_round is None
+    said = "result: the last round; without held-out text (`eval_dataset`) nothing says whether another is better"
+    assert (said in capsys.readouterr().out) == ("eval_dataset" in unseen)
+
+
+def test_result_of_the_last_round_if_it_is_asked_for(make_runner, losses):
     runner, watch = watched(make_runner, losses, LOSSES[:4], load_best_model_at_end=False)
     assert runner.train().best_round is None
     assert_result_is(runner, watch.client[3], watch.emulator[3])
@@ -227,14 +236,20 @@ def test_worse_than_zero_shot_is_said_once(warned):
         "AdapFu's loss on held-out text (1.9000) has been worse than the full model's without it (1.5000) for 3 "
         "evaluated rounds in a row."
     )
-    for advice in (
-        "`local_steps`",
-        "`learning_rate`",
-        "public text",
-        "`load_best_model_at_end=True`",
-        "`plug_in_scales`",
-    ):
+    for advice in ("`local_steps`", "`learning_rate`", "public text", "`plug_in_scales`"):
         assert advice in message
+
+
+@pytest.mark.parametrize(
+    "keeps, result",
+    [
+        (None, "The run ends with its best round all the same (`load_best_model_at_end`)."),
+        (False, "The run ends with its last round: `load_best_model_at_end=True` would keep the best."),
+    ],
+)
+def test_a_warning_says_which_round_is_the_result(warned, keeps, result):
+    [message] = warned([1.0, 2.1, 2.2, 2.3], load_best_model_at_end=keeps)
+    assert message.endswith(result)
 
 
 def test_worse_than_its_best_round_is_said(warned):
@@ -252,10 +267,9 @@ def test_it_counts_across_a_resume(warned):
     [
         ([2.0, 1.0, 1.1, 0.9, 1.0, 0.8], {}),
         ([2.0, 2.0, 2.0, 2.0], {}),
-        ([2.0, 2.1, 2.2, 2.3, 2.4], {"load_best_model_at_end": True}),
         ([2.0, 2.1, 2.2, 2.3, 2.4], {"eval_rounds": 2}),
     ],
-    ids=["gains", "level", "keeps the best", "two evaluations"],
+    ids=["gains", "level", "two evaluations"],
 )
 def test_nothing_is_said_of(warned, values, settings):
     assert warned(values, **settings) == []
