@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from fedbiot_trainer import METHODS, run_method
 from fedbiot_trainer.config.methods import ABLATION, COMPARISON, WITHOUT_EMULATOR
 from fedbiot_trainer.shared.records import RunSummary
+from fedbiot_trainer.shared.text_loss import evaluate_loss
 
 
 DATA = {"north": sums(0, 8), "south": sums(8, 12)}
@@ -50,8 +51,25 @@ def test_every_method_runs(run, method, tmp_path):
         assert summary.adap_fu == summary.zero_shot
     else:
         assert summary.adap_fu["loss"] != summary.zero_shot["loss"]
-    if method in ("full_lora", "ceiling"):
-        assert summary.adap_fu == summary.adap_emu
+
+
+@pytest.mark.parametrize("aligns, passes", [(0, 1), (1, 2)])
+def test_with_nothing_dropped_the_emulator_is_measured_once_it_differs(make_runner, monkeypatch, aligns, passes):
+    settings = {"num_rounds": 1, "emulator_drop_ratio": 0.0, "alignment_steps": aligns, "initial_alignment_steps": 0}
+    runner = make_runner(**settings)
+    runner.train()
+    models, evaluator, measured = runner.server.models, runner.evaluator, []
+
+    def measure(model, *args):
+        measured.append(model)
+        return evaluate_loss(model, *args)
+
+    monkeypatch.setattr("fedbiot_trainer.evaluation.evaluator.evaluate_loss", measure)
+    scores = evaluator.adapted()
+    assert len(measured) == passes
+    [tokens] = evaluator._sets.values()
+    alone = evaluate_loss(models.adap_emu, tokens, evaluator.data_collator, 8, evaluator.accelerator)
+    assert scores["adap_emu"] == pytest.approx(alone)
 
 
 def test_budgets_are_equal(make_args):
