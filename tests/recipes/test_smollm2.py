@@ -208,6 +208,67 @@ def test_rouge_l_of_nothing():
         metric.compute(predictions=[], references=[])
 
 
+@pytest.mark.parametrize(
+    "question, answer, step",
+    [
+        ("Ann has 8 pens and gives 3 away.", "5", "8 - 3"),
+        ("Ann gives 3 of 8 pens away.", "5", "8 - 3"),
+        ("9 shelves with 56 books", "504", "9 * 56"),
+        ("1,200 sheets, 4 to a set", "300", "1200 / 4"),
+        ("0.5 of 3", "3.5", "0.5 + 3"),
+        ("2 and 5 and 4", "9", "5 + 4"),
+        ("0 of 4 are left", "0", "0 * 4"),
+        ("2, then 5, then 4", "11", None),
+        ("7 pens", "7", None),
+    ],
+)
+def test_only_step(prepare, question, answer, step):
+    assert prepare["only_step"](question, answer) == step
+
+
+@real_data
+def test_word_problems_are_answered_by_their_step(made):
+    metric = evaluate.load(str(FOLDER / "expression_accuracy"), keep_in_memory=True)
+    steps = [example["completion"] for name in ("train", "eval") for example in made("svamp")[name]]
+    assert metric.compute(predictions=steps, references=steps) == {"expression_accuracy": 1.0}
+    assert {step.split()[1] for step in steps} == set("+-*/")
+
+
+@pytest.mark.parametrize(
+    "prediction, right",
+    [
+        (" 4 * 3", True),
+        ("3*4\nQuestion: 1 + 1", True),
+        ("\n 10 + 2", True),
+        ("24 / 2", True),
+        ("(2 + 4) * 2", True),
+        ("12", True),
+        ("3 + 4", False),
+        ("3 * 4 = 12", False),
+        ("12 / 0", False),
+        ("3 ** 4", False),
+        ("9 // 0", False),
+        ("-12", False),
+        ("__import__", False),
+        ("3 *", False),
+        ("1" * 70, False),
+        ("", False),
+    ],
+)
+def test_expression_accuracy(prediction, right):
+    metric = evaluate.load(str(FOLDER / "expression_accuracy"), keep_in_memory=True)
+    assert metric.compute(predictions=[prediction], references=["3 * 4"]) == {"expression_accuracy": float(right)}
+
+
+@pytest.mark.parametrize(
+    "given, error", [([], "`predictions` is empty"), (["x"], "`references` has 'x', which is no")]
+)
+def test_expression_accuracy_of_nothing(given, error):
+    metric = evaluate.load(str(FOLDER / "expression_accuracy"), keep_in_memory=True)
+    with pytest.raises(ValueError, match=error):
+        metric.compute(predictions=given, references=given)
+
+
 def make_model(*flags, **environment):
     command = [sys.executable, str(FOLDER / "make_model.py"), *map(str, flags)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
