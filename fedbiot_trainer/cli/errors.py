@@ -37,7 +37,7 @@ def end_with_error(command: str, error: Exception) -> NoReturn:
     line = f"{command}: error: {str(error) or type(error).__name__}\n"
     sys.stderr.write(line)
     sys.stderr.flush()
-    launcher = launcher_pid()
+    launcher = launcher_pid("accelerate")
     if launcher is not None:
         line = f"\n{line}"
         subprocess.Popen(

@@ -83,10 +83,10 @@ class Interruption(TrainerCallback):
 
 def end_with_launcher():
     """
-    Be told when the `accelerate launch` that started this process is gone: killed, it would leave it running. Linux
-    only; a shell that started the process directly may go.
+    Be told when the `accelerate launch` or comparison that started this process is gone: killed, it would leave it
+    running. Linux only; a shell that started the process directly may go.
     """
-    parent = launcher_pid()
+    parent = launcher_pid("accelerate", "compare.py")
     if parent is None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_GONE)

@@ -1,13 +1,14 @@
-"""The `accelerate launch` around this process, if there is one. Imports no library."""
+"""The process that launched this one, if there is one. Imports no library."""
 
 import os
 import sys
 from pathlib import Path
 
 
-def launcher_pid() -> int | None:
-    """The process id of the `accelerate launch` that started this process, if one did. Linux only."""
+def launcher_pid(*names: str) -> int | None:
+    """The process id of the parent, if one of `names` is in its command line: `"accelerate"`. Linux only."""
     parent = os.getppid()
-    if sys.platform != "linux" or b"accelerate" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+    if sys.platform != "linux":
         return None
-    return parent
+    command = Path(f"/proc/{parent}/cmdline").read_text(errors="replace")
+    return parent if any(name in command for name in names) else None

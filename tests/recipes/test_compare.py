@@ -139,11 +139,16 @@ def start_comparison(tokenizer, tmp_path):
         kill_with_its_cell(process)
 
 
+def cells_of(comparison):
+    """The processes of its cells, each in a session of its own."""
+    threads = Path(f"/proc/{comparison.pid}/task").glob("*/children")
+    return [int(pid) for thread in threads for pid in thread.read_text().split()]
+
+
 def kill_with_its_cell(comparison):
-    """At once, as when the machine goes down. A cell is in a session of its own."""
+    """At once, as when the machine goes down."""
     if comparison.poll() is None:
-        threads = Path(f"/proc/{comparison.pid}/task").glob("*/children")
-        cells = [int(pid) for thread in threads for pid in thread.read_text().split()]
+        cells = cells_of(comparison)
         comparison.kill()
         for cell in cells:
             os.killpg(cell, signal.SIGKILL)
@@ -168,6 +173,22 @@ def test_a_comparison_that_is_killed_within_its_cells_ends_as_one_that_was_not(s
     one, other = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
     assert [result.pop("seconds") > 0 for result in (*one, *other)] == [True] * 4
     assert one == other
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_killed_alone_leaves_no_cell(start_comparison, tmp_path):
+    comparison, deadline = start_comparison(tmp_path / "out"), time.monotonic() + 900
+    folder = tmp_path / "out" / "fedbiot-beta0.5-seed0"
+    while not any(folder.glob("state/*.safetensors")):
+        assert comparison.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    [cell] = cells_of(comparison)
+    comparison.kill()
+    comparison.wait()
+    while Path(f"/proc/{cell}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "To go on: --resume_from_checkpoint true" in (folder / "log.txt").read_text()
 
 
 def test_a_cell_that_fails_stops_no_other(run_compare, tmp_path):
