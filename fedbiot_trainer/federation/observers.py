@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
 from transformers.utils import logging
 
+from ..config import FedBiOTConfig
 from ..evaluation.coverage import EMULATOR_LOSS, FULL_LOSS
 from ..output.progress import RunProgress
 from ..output.run_folder import RunFolder
@@ -159,3 +161,26 @@ class ShowProgress(Observer):
 
     def on_round_end(self, record: RoundRecord):
         self.progress.round_line(record)
+
+
+def run_progress(
+    args: FedBiOTConfig, num_asked: int, aligns: bool, console: Console, state: FederationState | None
+) -> RunProgress:
+    """
+    The progress of a run, as far as an earlier one brought it.
+
+    Args:
+        args ([`FedBiOTConfig`]): Configuration.
+        num_asked (`int`): Clients in a round.
+        aligns (`bool`): Whether there is an alignment.
+        console (`rich.console.Console`): Where to show it, in the main process.
+        state ([`FederationState`], *optional*): Where an earlier run was.
+    """
+    per_round = num_asked * args.local_steps
+    total = args.num_rounds * per_round
+    if aligns:
+        total += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
+    progress = RunProgress(total, args.num_rounds, console, args.process_index == 0)
+    if state is not None:
+        progress.skip(state.alignment_steps + state.server_round * per_round)
+    return progress

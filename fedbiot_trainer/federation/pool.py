@@ -35,7 +35,15 @@ class Reply:
 
 
 class ClientPool(Protocol):
-    """The clients of a federation. This is all that another engine has to bring."""
+    """
+    The clients of a federation. This is all that another engine has to bring.
+
+    Attributes:
+        on_client (callable): Set by the runner; to be called with the name of the client that a reply is awaited of, or
+            has come from.
+    """
+
+    on_client: Callable[[str], None]
 
     def names(self) -> list[str]:
         """Clients that can be asked now."""
@@ -69,7 +77,7 @@ class LocalClients:
     def __init__(self, clients: Sequence[FederatedClient], interruption: Interruption):
         self.on_client: Callable[[str], None] = lambda name: None  # told who trains next
         self.clients = {client.name: client for client in clients}
-        self._deadline = _Deadline(interruption)
+        self._deadline = Deadline(interruption)
         self._failures: set[tuple[str, type[Exception]]] = set()  # what was logged with its traceback
         clients[0].trainer.add_callback(self._deadline)
 
@@ -108,8 +116,13 @@ class LocalClients:
         logger.warning(f"Client '{name}' failed: {first_line}", exc_info=traceback)
 
 
-class _Deadline(TrainerCallback):
-    """Ends a client's training after the step in which its time is up. The first process's clock counts."""
+class Deadline(TrainerCallback):
+    """
+    Ends a client's training after the step in which its time is up. The first process's clock counts.
+
+    Raises (after that step):
+        ClientTimeout: In all processes.
+    """
 
     def __init__(self, interruption: Interruption):
         self.interruption = interruption

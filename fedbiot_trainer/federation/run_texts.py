@@ -18,7 +18,7 @@ from ..shared.texts import check_chat_template, check_texts
 class RunTexts:
     """
     Attributes:
-        clients (`dict[str, Dataset]`): Private text of each client.
+        clients (`dict[str, Dataset]`): Private text of each client, if it is here.
         eval_sets (`dict[str, Dataset]`): Held-out text by name; a set that is alone has an empty one.
         metrics (`dict[str, TextMetric]`): What is generated on each of them, if anything is.
         public (`Dataset`, *optional*): Public text to align on, if the run aligns.
@@ -39,21 +39,22 @@ class RunTexts:
         train_dataset: Dataset | None,
         public_dataset: Dataset | None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None,
+        are_remote: bool = False,
     ) -> "RunTexts":
         """
-        The text that a [`FederatedRunner`] is given, which has its arguments.
+        The text that a [`FederatedRunner`] is given, which has its arguments. Clients that are remote have theirs.
 
         Raises:
             TypeError, ValueError: If a dataset cannot work, or a setting does not fit the clients or the sets.
         """
-        clients = name_client_datasets(client_datasets, train_dataset, args)
-        if args.min_train_clients > len(clients):
+        clients: dict[str, Dataset] = {}
+        if not are_remote:
+            clients = name_client_datasets(client_datasets, train_dataset, args)
+            _check_clients(args, clients)
+        elif client_datasets is not None or train_dataset is not None:
             raise ValueError(
-                f"`min_train_clients` is {args.min_train_clients}, but there are {len(clients)} clients. Lower it."
+                "`remote_clients` have their text where they are, so neither `client_datasets` nor `train_dataset` can be passed."
             )
-        unknown = sorted(args.ranks.keys() - clients.keys())
-        if unknown:
-            raise ValueError(f"`client_ranks` names {', '.join(unknown)}, but the clients are {', '.join(clients)}.")
         if args.eval_drift and eval_dataset is None and args.public_eval_size == 0:
             raise ValueError(
                 "`eval_drift` is True, but `eval_dataset` is None and `public_eval_size` is 0. Pass held-out text, hold out "
@@ -69,6 +70,21 @@ class RunTexts:
             texts.public, texts.public_eval = hold_out_public(texts.public, args.public_eval_size, args.seed)
         return texts
 
+    def example(self) -> Dataset:
+        """
+        One row in the clients' form: of theirs, of the text that they are evaluated on, or of public text.
+
+        Raises:
+            ValueError: If there is no text.
+        """
+        for dataset in (*self.clients.values(), *self.eval_sets.values(), self.public):
+            if dataset is not None:
+                return dataset.select([0])
+        raise ValueError(
+            "`eval_dataset` and `public_dataset` are None, and the clients are remote, so nothing tells the form of their text. "
+            "Pass one of them."
+        )
+
     def check_chat_template(self, tokenizer: PreTrainedTokenizerBase, text_field: str):
         """
         Raises:
@@ -78,3 +94,13 @@ class RunTexts:
         texts |= {f"client '{name}'": dataset for name, dataset in self.clients.items()}
         for name, dataset in texts.items():
             check_chat_template(dataset, name, tokenizer, text_field)
+
+
+def _check_clients(args: FedBiOTConfig, clients: Mapping[str, Dataset]):
+    if args.min_train_clients > len(clients):
+        raise ValueError(
+            f"`min_train_clients` is {args.min_train_clients}, but there are {len(clients)} clients. Lower it."
+        )
+    unknown = sorted(args.ranks.keys() - clients.keys())
+    if unknown:
+        raise ValueError(f"`client_ranks` names {', '.join(unknown)}, but the clients are {', '.join(clients)}.")

@@ -1,8 +1,9 @@
 """A whole federated run in one object, as a trainer is a whole training."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -30,13 +31,14 @@ from ..server.server import FederatedServer
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection, keeps_best_round
+from ..wire.plan import TrainingPlan
 from .interruption import Interruption
 from .loading import load_for_run
 from .loop import RoundLoop, Schedule
-from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles
+from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles, run_progress
 from .participation import Participation
 from .plug_in import choose_scale
-from .pool import LocalClients
+from .pool import ClientPool, LocalClients
 from .public_measures import public_measures
 from .resume import check_settings, find_state, run_settings
 from .run_texts import RunTexts
@@ -72,11 +74,13 @@ class FederatedRunner:
             The emulator LoRA. Defaults to `peft_config`, with rank `args.emulator_lora_r` if that is set.
         callbacks (`list[TrainerCallback]`, *optional*):
             Called like a trainer's, with a round in the place of a step: `state.global_step` is the round.
+        remote_clients (callable, *optional*):
+            Instead of the clients' text: makes, of the folder of the emulator package, a [`ClientPool`] of clients elsewhere.
 
     Attributes:
         server ([`FederatedServer`]): The model owner.
-        clients (`dict[str, FederatedClient]`): The data owners, by name.
-        pool ([`LocalClients`]): They, as the round loop sees them.
+        clients (`dict[str, FederatedClient]`): The data owners, by name, that are here.
+        pool ([`ClientPool`]): They, as the round loop sees them.
         summary ([`RunSummary`], *optional*): The content of `summary.json`, once [`train`] has ended.
 
     Raises:
@@ -95,6 +99,7 @@ class FederatedRunner:
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        remote_clients: Callable[[Path], ClientPool] | None = None,
     ):
         without_effect = args.without_effect()
         if without_effect:
@@ -103,7 +108,9 @@ class FederatedRunner:
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config.name_or_path)
         if not args.resume_from_checkpoint:
             self.folder.check_free()
-        texts = RunTexts.of(args, client_datasets, train_dataset, public_dataset, eval_dataset)
+        texts = RunTexts.of(
+            args, client_datasets, train_dataset, public_dataset, eval_dataset, remote_clients is not None
+        )
         self.selection = choose_selection(args, texts.eval_sets, callbacks or [])
         self.keeps_best_round = keeps_best_round(args, texts.eval_sets)
 
@@ -117,7 +124,7 @@ class FederatedRunner:
             self.trainer = ClientSFTTrainer(
                 self.server.models.adap_emu,
                 inner_args,
-                next(iter(texts.clients.values())).select([0]),  # clients bring their own
+                texts.example(),  # clients bring their own
                 share_accelerator=self.server.trainer,
                 processing_class=processing_class,
             )
@@ -134,7 +141,11 @@ class FederatedRunner:
         for trainer in filter(None, (self.trainer, self.server.trainer)):
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(self.interruption)
-        self.pool = LocalClients(list(self.clients.values()), self.interruption)
+        self.pool: ClientPool
+        if remote_clients is None:
+            self.pool = LocalClients(list(self.clients.values()), self.interruption)
+        else:
+            self.pool = remote_clients(self.folder.package)
         self.trackers = Trackers(args, args.num_rounds, callbacks or [], model, processing_class)
         self.records: list[RoundRecord] = []
         self.summary: RunSummary | None = None
@@ -203,7 +214,9 @@ class FederatedRunner:
             server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
             self.trackers.at_round(state.server_round)
         parameters, bytes_once = self._write_package()
-        progress = self._progress(state)
+        asked = self.args.num_sampled(len(self.pool.names()))
+        progress = run_progress(self.args, asked, server.trainer is not None, self.console, state)
+        self.pool.on_client = progress.client
         loop = self._loop(progress, state)
         with (
             progress,
@@ -264,23 +277,12 @@ class FederatedRunner:
         self.trainer.package_lora = server.client_lora
         with no_progress_bars():
             bytes_once = server.package().save(self.folder.package, server.processing_class)
+            bytes_once += TrainingPlan.of(self.args).save(self.folder.package)
         if self.args.process_index == 0:
             server.save_tokenizer(self.folder.client_lora)
-            split, asked = server.models.split.record(), self.args.num_sampled(len(self.clients))
+            split, asked = server.models.split.record(), self.args.num_sampled(len(self.pool.names()))
             self.console.print(split_table(split, parameters, bytes_once, server.payload_sizes(), asked))
         return parameters, bytes_once
-
-    def _progress(self, state: FederationState | None) -> RunProgress:
-        args = self.args
-        per_round = args.num_sampled(len(self.clients)) * args.local_steps
-        total = args.num_rounds * per_round
-        if self.server.trainer is not None:
-            total += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
-        progress = RunProgress(total, args.num_rounds, self.console, args.process_index == 0)
-        if state is not None:
-            progress.skip(state.alignment_steps + state.server_round * per_round)
-        self.pool.on_client = progress.client
-        return progress
 
     def _loop(self, progress: RunProgress, state: FederationState | None) -> RoundLoop:
         args, records = self.args, state.records if state is not None else []

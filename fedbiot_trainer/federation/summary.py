@@ -33,7 +33,7 @@ def summarize(
 
     Args:
         args ([`FedBiOTConfig`]): Configuration.
-        server, clients: The two sides.
+        server, clients: The two sides. Clients that are elsewhere are known by their updates.
         records (sequence of [`RoundRecord`]): All rounds.
         results (`dict`): Scores of `zero_shot`, `adap_emu` and `adap_fu`; empty without held-out text.
         parameters ([`ParameterCounts`]), bytes_once (`int`): Sizes.
@@ -61,10 +61,10 @@ def summarize(
             **{phase: sum(record.seconds.get(phase, 0) for record in records) for phase in phases},
         },
         parameters=parameters,
-        num_examples={name: client.num_examples for name, client in clients.items()},
+        num_examples={name: client.num_examples for name, client in clients.items()} or dict(server.num_examples),
         num_public_examples=len(public[0]) if public else 0,
         tokens_per_example={
-            "clients": mean_length(client.train_dataset for client in clients.values()),
+            "clients": mean_length(client.train_dataset for client in clients.values()) if clients else None,
             "public": mean_length(public) if public else None,
         },
         initial_alignment=initial_alignment,

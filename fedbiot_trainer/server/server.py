@@ -52,6 +52,7 @@ class FederatedServer:
         client_lora, emulator_lora (`dict[str, torch.Tensor]`): The LoRAs as of now, on the CPU. What the modules hold
             between two calls has no meaning.
         client_steps (`dict[str, int]`): Local steps that each client has taken so far, by name.
+        num_examples (`dict[str, int]`): How many examples each client has said that it holds, in its last update.
         plug_in_scale (`float`): Factor of the client LoRA in the full model, and there alone.
 
     Raises:
@@ -75,6 +76,7 @@ class FederatedServer:
         self.client_lora = get_lora_state(self.models.adap_emu, CLIENT)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
         self.client_steps: dict[str, int] = {}
+        self.num_examples: dict[str, int] = {}
         self.plug_in_scale = 1.0
         check_client_ranks(args.ranks, self.models.adap_emu.peft_config[CLIENT])
         self.models.move(args.device, args.offload_full_model)
@@ -195,6 +197,7 @@ class FederatedServer:
             raise PayloadError(f"Client '{client}' has sent an update in this round already.")
         self.aggregator.add(update)
         self._received.add(client)
+        self.num_examples[client] = update.num_examples
         return update.metrics
 
     def aggregate(self) -> Aggregate:

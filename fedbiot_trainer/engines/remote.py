@@ -1,0 +1,139 @@
+"""The owner's side of a run whose clients are elsewhere: a pool for the round loop, on any engine that carries bytes."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from ..federation.pool import Reply
+from ..wire.frame import shown
+from ..wire.shipment import PIECE, PackageList
+
+
+POLL = 0.5  # seconds
+DELIVERY_TIMEOUT = 600.0  # seconds that a site has for one piece of the package
+
+
+class Carrier(Protocol):
+    """An engine, as the owner sees it."""
+
+    def sites(self) -> list[str]:
+        """The sites that are connected now, by the names that the engine has verified."""
+
+    def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
+        """
+        Bring each site its payload, and what [`Site.answer`] makes of it back.
+
+        Args:
+            kind (`str`): The request.
+            payloads (`dict[str, bytes]`): For each site; read when it is sent.
+            timeout (`float`, *optional*): Seconds that a site has.
+
+        Yields:
+            [`Reply`]: One for each site, as they come. One that fails, leaves or is late has an error in its reply.
+        """
+
+
+class RemoteClients:
+    """
+    A [`ClientPool`] of sites. Before a site trains it is given the emulator package, of which it keeps what it has.
+
+    Args:
+        carrier ([`Carrier`]): Brings payloads to the sites.
+        package (`str` or `Path`): The folder of the emulator package.
+        min_sites (`int`, *optional*): Sites that a round waits for.
+        patience (`float`, *optional*): Seconds that it waits; then it begins with those that are there.
+        piece (`int`, *optional*): Bytes of the package in one payload.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        package: str | Path,
+        min_sites: int = 1,
+        patience: float = 600.0,
+        piece: int = PIECE,
+    ):
+        self.carrier, self.package, self.piece = carrier, Path(package), piece
+        self.min_sites, self.patience = min_sites, patience
+        self.bytes_delivered = 0
+        self.on_client: Callable[[str], None] = lambda name: None  # told who has answered
+        self._digests: dict[tuple[str, int, int], str] = {}
+        self._ready: set[str] = set()
+
+    def names(self) -> list[str]:
+        deadline = time.monotonic() + self.patience
+        while len(sites := self.carrier.sites()) < self.min_sites and time.monotonic() < deadline:
+            time.sleep(POLL)
+        return sorted(sites)
+
+    def fit(self, starts: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
+        errors = self._deliver([name for name in starts if name not in self._ready])
+        for name, error in errors.items():
+            yield Reply(name, error=f"the package could not be delivered: {error}")
+        for reply in self.carrier.ask("fit", _Part(starts, set(starts) - errors.keys()), timeout):
+            if reply.error is not None:
+                self._ready.discard(reply.client)  # it may have been started anew
+            self.on_client(reply.client)
+            yield reply
+
+    def _deliver(self, names: list[str]) -> dict[str, str]:
+        """Give sites what they lack of the package, all at the same time. Returns what failed."""
+        errors: dict[str, str] = {}
+        if not names:
+            return errors
+        # Its LoRAs are written anew after each round, so that it is another for sites that come later.
+        package, pieces = PackageList.of(self.package, self._digests), {}
+        for reply in self.carrier.ask("hello", dict.fromkeys(names, package.to_bytes()), DELIVERY_TIMEOUT):
+            try:
+                pieces[reply.client] = package.pieces(self.package, read_had(reply, package), self.piece)
+            except ValueError as error:
+                errors[reply.client] = str(error)
+        while pieces:
+            following = {name: piece for name, left in pieces.items() if (piece := next(left, None)) is not None}
+            pieces = {name: left for name, left in pieces.items() if name in following}
+            for reply in self.carrier.ask("package", following, DELIVERY_TIMEOUT):
+                self.bytes_delivered += len(following[reply.client])
+                if reply.error is not None:
+                    errors[reply.client] = reply.error
+                    del pieces[reply.client]
+        self._ready |= set(names) - errors.keys()
+        return errors
+
+
+class _Part(Mapping[str, bytes]):
+    """Some of the payloads, each still made when it is asked for."""
+
+    def __init__(self, payloads: Mapping[str, bytes], names: set[str]):
+        self.payloads, self.chosen = payloads, [name for name in payloads if name in names]
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.payloads[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+def read_had(reply: Reply, package: PackageList) -> dict[str, int]:
+    """
+    What a site says that it has of each file.
+
+    Raises:
+        ValueError: If it does not say it, or it cannot be.
+    """
+    if reply.payload is None:
+        raise ValueError(reply.error or "it did not answer")
+    sizes = {file.name: file.size for file in package.files}
+    try:
+        had = json.loads(reply.payload[: 2**17])
+    except (ValueError, RecursionError):
+        had = None
+    if not isinstance(had, dict) or not all(
+        type(size) is int and 0 <= size <= sizes.get(name, -1) for name, size in had.items()
+    ):
+        raise ValueError(f"it says that it has {shown(had)} of the package")
+    return had

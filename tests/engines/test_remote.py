@@ -1,0 +1,251 @@
+"""Owner and sites as objects that exchange bytes: everything of a deployed run but the engine."""
+
+import math
+
+import pytest
+import torch
+from conftest import LORA, sums, tiny_model
+
+from fedbiot_trainer import FederatedRunner
+from fedbiot_trainer.engines.remote import RemoteClients, read_had
+from fedbiot_trainer.engines.site import Site, SiteError, SiteLimits
+from fedbiot_trainer.federation.pool import Reply
+from fedbiot_trainer.wire.shipment import PackageFile, PackageList
+
+
+DATA = {"north": sums(0, 8), "south": sums(8, 12), "west": sums(12, 16)}
+
+
+class Carrier:
+    """Brings requests to sites in this process, and keeps a list of them."""
+
+    def __init__(self, sites):
+        self.connected = {site.name: site for site in sites}
+        self.asked = []
+
+    def sites(self):
+        return list(self.connected)
+
+    def ask(self, kind, payloads, timeout):
+        for name in payloads:
+            self.asked.append((kind, name))
+            try:
+                yield Reply(name, self.connected[name].answer(kind, payloads[name]))
+            except Exception as error:
+                text = str(error) if isinstance(error, SiteError) else type(error).__name__
+                yield Reply(name, error=text)
+
+
+@pytest.fixture
+def make_sites(tmp_path):
+    def make(limits=None, **settings):
+        settings = {"use_cpu": True, **settings}
+        return [Site(name, tmp_path / "sites" / name, text, limits, **settings) for name, text in DATA.items()]
+
+    return make
+
+
+@pytest.fixture
+def make_owner(make_args, tokenizer, tmp_path):
+    def make(carrier, folder="owner", piece=10_000, min_sites=3, patience=0.0, **changes):
+        return FederatedRunner(
+            model=tiny_model(),
+            args=make_args(output_dir=str(tmp_path / folder), **changes),
+            public_dataset=sums(40, 50),
+            eval_dataset=sums(50, 55),
+            processing_class=tokenizer,
+            peft_config=LORA,
+            remote_clients=lambda package: RemoteClients(carrier, package, min_sites, patience, piece),
+        )
+
+    return make
+
+
+SETTINGS = {"num_rounds": 3, "local_steps": 2, "client_zero_shot_examples": 4}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"freeze_a": True}, {"client_ranks": ["west=2"], "aggregation": "svd"}], ids=str
+)
+def test_a_run_with_sites_is_the_run_in_one_process(make_runner, make_owner, make_sites, settings):
+    settings = SETTINGS | settings
+    whole = make_runner(client_datasets=DATA, **settings)
+    expected = whole.train()
+    owner = make_owner(Carrier(make_sites()), **settings)
+    summary = owner.train()
+    assert same(whole.server.client_lora, owner.server.client_lora)
+    assert summary.adap_fu == expected.adap_fu and summary.num_examples == expected.num_examples
+    assert summary.client_zero_shot_losses == pytest.approx(expected.client_zero_shot_losses)
+    for one, other in zip(whole.records, owner.records, strict=True):
+        assert one.client_losses == other.client_losses and one.bytes_up == other.bytes_up
+
+
+def test_sites_with_smaller_micro_batches_come_to_the_same(make_runner, make_owner, make_sites):
+    settings = SETTINGS | {"per_device_train_batch_size": 4}
+    whole = make_runner(client_datasets=DATA, **settings)
+    whole.train()
+    owner = make_owner(Carrier(make_sites(per_device_train_batch_size=1)), **settings)
+    owner.train()
+    one, other = (torch.cat([t.flatten() for t in runner.server.client_lora.values()]) for runner in (whole, owner))
+    assert not torch.equal(one, other)  # sums in another order
+    assert (one - other).norm() < 1e-5 * one.norm()
+
+
+def test_the_package_is_sent_once_in_pieces(make_owner, make_sites):
+    carrier = Carrier(make_sites())
+    owner = make_owner(carrier, **SETTINGS)
+    owner.train()
+    size = PackageList.of(owner.folder.package).size
+    asked = [kind for kind, name in carrier.asked if name == "north"]
+    assert asked[0] == "hello" and asked[-3:] == ["fit"] * 3
+    assert asked.count("package") > size // 10_000
+    assert 3 * size < owner.pool.bytes_delivered < 4 * size
+    # Another run with the same emulator: what sites have is not sent again.
+    carrier.asked.clear()
+    make_owner(carrier, "again", **SETTINGS).train()
+    assert [kind for kind, _ in carrier.asked].count("package") == 0
+
+
+def lora_pieces(owner):
+    """Of the two files of a package that are others after each round."""
+    sizes = [
+        file.size
+        for file in PackageList.of(owner.folder.package).files
+        if file.name.endswith("adapter_model.safetensors")
+    ]
+    return sum(math.ceil(size / 10_000) for size in sizes)
+
+
+def test_a_delivery_that_is_cut_goes_on(make_owner, make_sites):
+    class Cut(Carrier):
+        def ask(self, kind, payloads, timeout):
+            for reply in super().ask(kind, payloads, timeout):
+                cut = kind == "package" and reply.client == "south" and self.asked.count((kind, "south")) == 3
+                yield Reply("south", error="it has left") if cut else reply
+
+    carrier = Cut(make_sites())
+    owner = make_owner(carrier, **SETTINGS)
+    owner.train()
+    first, second, third = owner.records
+    assert first.failed == {"south": "the package could not be delivered: it has left"}
+    assert set(second.client_losses) == set(third.client_losses) == set(DATA)
+    assert carrier.asked.count(("package", "south")) <= carrier.asked.count(("package", "north")) + lora_pieces(owner)
+
+
+def test_a_site_that_is_started_anew_has_its_package(make_owner, make_sites):
+    sites, rounds = make_sites(), []
+    carrier = Carrier(sites)
+    [anew] = [site for site in make_sites() if site.name == "south"]
+    owner = make_owner(carrier, **SETTINGS)
+    fit = owner.pool.fit
+
+    def restarted(starts, timeout):
+        rounds.append(1)
+        if len(rounds) == 2:
+            carrier.connected["south"] = anew
+        return fit(starts, timeout)
+
+    owner.pool.fit = restarted
+    owner.train()
+    assert owner.records[1].failed == {"south": "This site was started anew and has not been told of the package."}
+    assert owner.records[2].failed == {} and len(owner.records[2].client_losses) == 3
+    assert carrier.asked.count(("hello", "south")) == 2
+    assert carrier.asked.count(("package", "south")) == carrier.asked.count(("package", "north")) + lora_pieces(owner)
+
+
+def test_a_round_waits_for_sites(make_owner, make_sites):
+    late, *others = make_sites()
+    carrier = Carrier(others)
+    owner = make_owner(carrier, min_sites=3, patience=60.0, **SETTINGS)
+    sites = carrier.sites
+
+    def arriving():
+        carrier.connected[late.name] = late
+        carrier.sites = sites
+        return sites()[:2]
+
+    carrier.sites = arriving
+    owner.train()
+    assert set(owner.records[0].client_losses) == set(DATA)
+
+
+def test_without_sites_it_ends(make_owner):
+    with pytest.raises(RuntimeError, match="fewer than 1 clients"):
+        make_owner(Carrier([]), min_sites=1, patience=0.0, **SETTINGS).train()
+
+
+@pytest.mark.parametrize(
+    "limits, reason",
+    [
+        ({"max_local_steps": 1}, "The round has 2 local steps, and this site takes 1 at most."),
+        ({"max_round_seconds": 1e-9}, "The round took longer than this site's 1e-09 s."),
+        (
+            {"max_package_gb": 1e-6},
+            "the package could not be delivered: The package has 0.0 GB, and this site takes 1e-06 GB",
+        ),
+    ],
+    ids=str,
+)
+def test_a_site_refuses_beyond_its_limits(make_owner, make_sites, limits, reason):
+    owner = make_owner(Carrier(make_sites(SiteLimits(**limits))), **SETTINGS)
+    with pytest.raises(RuntimeError, match="sent a valid update"):
+        owner.train()
+    assert owner.records[-1].failed["north"].startswith(reason)
+
+
+def test_a_failure_at_a_site_tells_its_type_alone(make_owner, make_sites):
+    sites = make_sites()
+
+    def broken():
+        raise KeyError("Ann, born 1970, in /home/clinic/ann.jsonl")
+
+    sites[0]._client = broken
+    owner = make_owner(Carrier(sites), **SETTINGS)
+    owner.train()
+    assert [record.failed for record in owner.records] == [{"north": "KeyError"}] * 3
+
+
+def test_a_site_needs_no_emulator_to_say_what_it_lacks(make_sites):
+    site, *_ = make_sites()
+    package = PackageList((PackageFile("config.json", 5, "0" * 64),))
+    assert site.answer("hello", package.to_bytes()) == b"{}"
+    with pytest.raises(SiteError, match="does not know the request 'sing'"):
+        site.answer("sing", b"")
+    with pytest.raises(SiteError, match="is not a FedBiOT payload"):
+        site.answer("hello", b"garbage")
+
+
+@pytest.mark.parametrize(
+    "had",
+    [
+        None,
+        b"",
+        b"[]",
+        b'{"config.json": 6}',
+        b'{"config.json": -1}',
+        b'{"other": 1}',
+        b'{"config.json": true}',
+        b"[" * 10**5,
+    ],
+)
+def test_what_a_site_says_that_it_has_is_checked(had):
+    package = PackageList((PackageFile("config.json", 5, "0" * 64),))
+    with pytest.raises(ValueError, match="it says that it has|it did not answer"):
+        read_had(Reply("a", had), package)
+
+
+def test_clients_text_is_not_taken_twice(make_args, tokenizer):
+    with pytest.raises(ValueError, match="`remote_clients` have their text where they are"):
+        FederatedRunner(
+            tiny_model(), make_args(), DATA, processing_class=tokenizer, remote_clients=lambda package: None
+        )
+
+
+def test_the_form_of_remote_text_has_to_be_known(make_args, tokenizer):
+    args = make_args(alignment_steps=0, initial_alignment_steps=0)
+    with pytest.raises(ValueError, match="nothing tells the form of their text"):
+        FederatedRunner(tiny_model(), args, processing_class=tokenizer, remote_clients=lambda package: None)
