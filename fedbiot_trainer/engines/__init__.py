@@ -1,0 +1,1 @@
+"""Other machines as clients: one folder for each federated engine, which carries the same bytes as one process does."""

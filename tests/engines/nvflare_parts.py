@@ -1,0 +1,66 @@
+"""What the processes of `test_nvflare.py` run: sites that obey their payload, and an owner's function that asks them."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from fedbiot_trainer.engines.errors import SiteError
+
+
+class ObedientSite:
+    """Does what it is asked, and says in which process."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def answer(self, kind: str, payload: bytes) -> bytes:
+        words = payload.decode() if kind != "echo" else ""
+        if kind == "echo":
+            return payload
+        if kind == "raise":
+            raise ValueError(f"the private text is {words}")
+        if kind == "refuse":
+            raise SiteError(f"{words} cannot be done here")
+        if kind == "sleep":
+            time.sleep(float(words))
+        if kind == "child":
+            return str(subprocess.Popen(["sleep", "600"]).pid).encode()
+        if kind == "memory":
+            return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).encode()
+        return f"{self.name} {os.getpid()}".encode()
+
+
+def owner(carrier, argument: str):
+    """Ask what the file says, and write what came of it beside: `[[kind, {site: text}, timeout, size], ...]`."""
+    file = Path(argument)
+    results = []
+    for kind, texts, timeout, size in json.loads(file.read_text()):
+        payloads = {
+            site: text.encode() + bytes(size) for site, text in (texts or dict.fromkeys(carrier.sites(), "")).items()
+        }
+        if kind == "kill":
+            for text in texts.values():
+                os.kill(int(text), signal.SIGKILL)
+            results.append([])
+            continue
+        started = time.perf_counter()
+        replies = [
+            {
+                "client": reply.client,
+                "payload": None if reply.payload is None else reply.payload.rstrip(b"\0").decode(),
+                "size": None if reply.payload is None else len(reply.payload),
+                "same": reply.payload == payloads.get(reply.client),
+                "error": reply.error,
+                "seconds": reply.seconds,
+            }
+            for reply in carrier.ask(kind, payloads, timeout)
+        ]
+        results.append({"replies": replies, "seconds": time.perf_counter() - started, "sites": carrier.sites()})
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = file.with_suffix(".part")
+    answer.write_text(json.dumps({"results": results, "memory": memory}))
+    answer.rename(file.with_suffix(".answer"))
