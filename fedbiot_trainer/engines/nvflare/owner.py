@@ -100,7 +100,7 @@ class OwnerController(Controller):
     def _given_up(self, waiting: Mapping[str, Task], asking: "_Asking") -> dict[str, str]:
         """Sites of which no answer is expected any more, and why."""
         if asking.remaining() == 0:
-            return {site: f"TimeoutError: it took longer than {asking.timeout:g} s" for site in waiting}
+            return dict.fromkeys(waiting, f"TimeoutError: it took longer than {asking.timeout:g} s")
         connected = self.sites()
         return {site: "ConnectionError: it is not connected" for site in waiting if site not in connected}
 
