@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedbiot_trainer.engines.errors import SiteError
@@ -18,7 +19,7 @@ class ObedientSite:
         self.name = name
 
     def answer(self, kind: str, payload: bytes) -> bytes:
-        words = payload.decode() if kind != "echo" else ""
+        words = "" if kind == "echo" else payload.rstrip(b"\0").decode()
         if kind == "echo":
             return payload
         if kind == "raise":
@@ -34,14 +35,29 @@ class ObedientSite:
         return f"{self.name} {os.getpid()}".encode()
 
 
+class Payloads(Mapping):
+    """Each is made when it is taken."""
+
+    def __init__(self, texts: dict[str, str], size: int):
+        self.texts = texts
+        self.size = size
+
+    def __getitem__(self, site: str) -> bytes:
+        return self.texts[site].encode() + bytes(self.size)
+
+    def __iter__(self):
+        return iter(self.texts)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
 def owner(carrier, argument: str):
     """Ask what the file says, and write what came of it beside: `[[kind, {site: text}, timeout, size], ...]`."""
     file = Path(argument)
     results = []
     for kind, texts, timeout, size in json.loads(file.read_text()):
-        payloads = {
-            site: text.encode() + bytes(size) for site, text in (texts or dict.fromkeys(carrier.sites(), "")).items()
-        }
+        payloads = Payloads(texts or dict.fromkeys(carrier.sites(), ""), size)
         if kind == "kill":
             for text in texts.values():
                 os.kill(int(text), signal.SIGKILL)
@@ -53,7 +69,7 @@ def owner(carrier, argument: str):
                 "client": reply.client,
                 "payload": None if reply.payload is None else reply.payload.rstrip(b"\0").decode(),
                 "size": None if reply.payload is None else len(reply.payload),
-                "same": reply.payload == payloads.get(reply.client),
+                "same": kind == "echo" and reply.payload == payloads[reply.client],
                 "error": reply.error,
                 "seconds": reply.seconds,
             }

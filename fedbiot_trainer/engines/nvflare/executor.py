@@ -13,6 +13,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from ..errors import SiteError
+from .parts import split, views
 from .process import SiteProcess, Stopped
 from .site import ANSWER
 
@@ -40,7 +41,7 @@ class SiteExecutor(Executor):
         reply = make_reply(ReturnCode.OK)
         try:
             kind, payload = self._answer(shareable, fl_ctx, abort_signal)
-            reply[kind] = payload if kind == ANSWER else payload.decode()
+            reply[kind] = split(payload) if kind == ANSWER else payload.decode()
         except SiteError as error:
             reply["error"] = f"SiteError: {error}"
         except Stopped:
@@ -61,7 +62,7 @@ class SiteExecutor(Executor):
         def stopped() -> bool:
             return abort_signal.triggered or (deadline is not None and time.monotonic() > deadline)
 
-        return self._process.ask(shareable["kind"], shareable.pop("payload"), stopped)
+        return self._process.ask(shareable["kind"], views(shareable.pop("payload")), stopped)
 
 
 def read_command(folder: Path) -> list[str]:

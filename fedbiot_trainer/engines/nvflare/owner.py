@@ -13,6 +13,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from ...federation.pool import Reply
+from .parts import split, views
 from .site import load
 
 
@@ -122,7 +123,7 @@ class _Asking:
             data = Shareable()
             data["kind"], data["timeout"] = self.kind, self.remaining()
             try:
-                data["payload"] = self.payloads[site]
+                data["payload"] = split(self.payloads[site])
             except Exception as error:
                 self._replies.put(error)
                 raise
@@ -158,12 +159,13 @@ class _Asking:
 
     def _read(self, site: str, result: Shareable) -> Reply:
         """What a site sends is not trusted."""
-        code, payload, error = result.get_return_code(), result.get("answer"), result.get("error")
+        code, error = result.get_return_code(), result.get("error")
         if code != ReturnCode.OK:
             return self.reply(site, error=f"NVFlare: {code}")
-        if isinstance(payload, bytes):
-            return self.reply(site, payload)
         if isinstance(error, str):
             printable = "".join(letter if letter.isprintable() else " " for letter in error[:MAX_ERROR_LENGTH])
             return self.reply(site, error=printable)
-        return self.reply(site, error="its answer has neither a payload nor an error")
+        try:
+            return self.reply(site, b"".join(views(result.get("answer"))))
+        except TypeError:
+            return self.reply(site, error="its answer has neither a payload nor an error")

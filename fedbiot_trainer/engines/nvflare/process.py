@@ -39,11 +39,13 @@ class SiteProcess:
         self._ranks: dict[int, tuple[socket.socket, BinaryIO]] = {}
         self._unread: set[int] = set()  # ranks whose reply to the last request has not been read
 
-    def ask(self, kind: str, payload: bytes, stopped: Callable[[], bool]) -> tuple[str, bytes]:
+    def ask(self, kind: str, parts: Sequence[bytes | memoryview], stopped: Callable[[], bool]) -> tuple[str, bytes]:
         """
         Have a request answered.
 
         Args:
+            kind (`str`): What is asked.
+            parts (sequence of `bytes` or `memoryview`): Its payload, in parts.
             stopped (`Callable`): Whether the request is given up.
 
         Returns:
@@ -59,7 +61,7 @@ class SiteProcess:
                 self._start(stopped)
             self._unread = set(self._ranks)
             for connection, _ in self._ranks.values():
-                send_frame(connection, kind, payload)
+                send_frame(connection, kind, *parts)
             replies = {}
             while self._unread:
                 replies |= self._read(POLL_SECONDS)

@@ -33,11 +33,12 @@ class Site(Protocol):
         """Do what is asked. An exception becomes an error at the owner, without its text (see [`SiteError`])."""
 
 
-def send_frame(connection: socket.socket, kind: str, payload: bytes):
-    """Send one request or reply."""
+def send_frame(connection: socket.socket, kind: str, *parts: bytes | memoryview):
+    """Send one request or reply, whose payload may come in parts."""
     encoded = kind.encode()
-    connection.sendall(_HEADER.pack(len(encoded), len(payload)) + encoded)
-    connection.sendall(payload)
+    connection.sendall(_HEADER.pack(len(encoded), sum(map(len, parts))) + encoded)
+    for part in parts:
+        connection.sendall(part)
 
 
 def read_frame(stream: BinaryIO) -> tuple[str, bytes]:
