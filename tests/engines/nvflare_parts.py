@@ -28,11 +28,31 @@ class ObedientSite:
             raise SiteError(f"{words} cannot be done here")
         if kind == "sleep":
             time.sleep(float(words))
+        if kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         if kind == "child":
             return str(subprocess.Popen(["sleep", "600"]).pid).encode()
+        if kind == "rank fails":
+            return ranks(failing=int(words)).encode()
+        if kind == "ranks":
+            return ranks().encode()
         if kind == "memory":
             return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).encode()
         return f"{self.name} {os.getpid()}".encode()
+
+
+def ranks(failing: int | None = None) -> str:
+    """Which of the launched processes this is, and the sum of all ranks, which takes all of them."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    if distributed.get_rank() == failing:
+        raise ValueError("the others wait")
+    total = torch.tensor(distributed.get_rank())
+    distributed.all_reduce(total)
+    return f"{distributed.get_rank()} of {distributed.get_world_size()}, together {int(total)}"
 
 
 class Payloads(Mapping):
@@ -58,11 +78,6 @@ def owner(carrier, argument: str):
     results = []
     for kind, texts, timeout, size in json.loads(file.read_text()):
         payloads = Payloads(texts or dict.fromkeys(carrier.sites(), ""), size)
-        if kind == "kill":
-            for text in texts.values():
-                os.kill(int(text), signal.SIGKILL)
-            results.append([])
-            continue
         started = time.perf_counter()
         replies = [
             {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SiteError
-from .site import READY, SOCKET, read_frame, send_frame
+from .site import ERROR, FAILURE, READY, SOCKET, read_frame, send_frame
 
 
 POLL_SECONDS = 0.2  # between two looks whether to stop; an answer is taken as soon as it comes
@@ -49,7 +49,7 @@ class SiteProcess:
             stopped (`Callable`): Whether the request is given up.
 
         Returns:
-            `str`, `bytes`: `"answer"` and what the site answers, or `"error"` and what may be said of it.
+            `str`, `bytes`: `"answer"` and what the site answers, or `"error"` and what the owner may know of it.
 
         Raises:
             Stopped: If it was given up.
@@ -62,17 +62,26 @@ class SiteProcess:
             self._unread = set(self._ranks)
             for connection, _ in self._ranks.values():
                 send_frame(connection, kind, *parts)
-            replies = {}
-            while self._unread:
-                replies |= self._read(POLL_SECONDS)
-                if self._unread and stopped():
-                    raise Stopped
-            return replies[0]
+            return self._reply(stopped)
         except (EOFError, OSError) as error:
             self.end()
             raise SiteError(
                 "The site's process died. It starts anew with the next request. Its log says more."
             ) from error
+
+    def _reply(self, stopped: Callable[[], bool]) -> tuple[str, bytes]:
+        replies: dict[int, tuple[str, bytes]] = {}
+        while self._unread:
+            replies |= self._read(POLL_SECONDS)
+            failure = next((payload for kind, payload in replies.values() if kind == FAILURE), None)
+            if failure is not None:
+                if len(self._ranks) > 1:
+                    # The others may wait for that one in the middle of a step, and cannot be called back.
+                    self.end()
+                return ERROR, failure
+            if self._unread and stopped():
+                raise Stopped
+        return replies[0]
 
     def end(self):
         """Kill the process and what it has started."""

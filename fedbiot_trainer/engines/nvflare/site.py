@@ -22,7 +22,9 @@ from ..errors import SiteError
 
 
 SOCKET = "FEDBIOT_SITE_SOCKET"  # environment variable: the Unix socket at which NVFlare's client listens
-ANSWER, ERROR, READY = "answer", "error", "ready"
+READY, ANSWER = "ready", "answer"
+ERROR = "error"  # an exception that all processes of the site raise together
+FAILURE = "failure"  # one that the others may know nothing of
 _HEADER = struct.Struct("!HQ")  # lengths of a frame's kind and of its payload
 
 
@@ -81,12 +83,9 @@ def serve(site: Site, rank: int, world_size: int):
     send_frame(connection, READY, f"{rank} {world_size}".encode())
     while True:
         kind, payload = requests.get()
-        reply, may_go_on = _answer(site, kind, payload)
-        del payload
-        send_frame(connection, *(reply if rank == 0 else (reply[0], b"")))
-        if not may_go_on and world_size > 1:
-            # The others may wait for this process in the middle of a step, and cannot be called back.
-            sys.exit(f"Rank {rank} failed. All processes end, and start anew with the next request.")
+        kind, answer = _answer(site, kind, payload)
+        send_frame(connection, kind, b"" if rank > 0 and kind == ANSWER else answer)
+        del payload, answer
 
 
 def _read_requests(connection: socket.socket, requests: queue.SimpleQueue):
@@ -98,16 +97,15 @@ def _read_requests(connection: socket.socket, requests: queue.SimpleQueue):
         os.killpg(0, signal.SIGKILL)  # this process and what it has started
 
 
-def _answer(site: Site, kind: str, payload: bytes) -> tuple[tuple[str, bytes], bool]:
-    """The reply, and whether all processes of the site know what came of the request."""
+def _answer(site: Site, kind: str, payload: bytes) -> tuple[str, bytes]:
     try:
-        return (ANSWER, site.answer(kind, payload)), True
+        return ANSWER, site.answer(kind, payload)
     except SiteError as error:
         traceback.print_exc()
-        return (ERROR, f"{type(error).__name__}: {error}".encode()), True
+        return ERROR, f"{type(error).__name__}: {error}".encode()
     except Exception as error:
         traceback.print_exc()
-        return (ERROR, type(error).__name__.encode()), False
+        return FAILURE, type(error).__name__.encode()
 
 
 def main(path: str, *argument: str):
