@@ -73,25 +73,39 @@ class Payloads(Mapping):
 
 
 def owner(carrier, argument: str):
-    """Ask what the file says, and write what came of it beside: `[[kind, {site: text}, timeout, size], ...]`."""
+    """
+    Ask what the file says, `[[kind, {site: text} or null for all, timeout, zeros after the text], ...]`, and write what
+    came of it beside.
+    """
     file = Path(argument)
-    results = []
-    for kind, texts, timeout, size in json.loads(file.read_text()):
-        payloads = Payloads(texts or dict.fromkeys(carrier.sites(), ""), size)
-        started = time.perf_counter()
-        replies = [
-            {
-                "client": reply.client,
-                "payload": None if reply.payload is None else reply.payload.rstrip(b"\0").decode(),
-                "size": None if reply.payload is None else len(reply.payload),
-                "same": kind == "echo" and reply.payload == payloads[reply.client],
-                "error": reply.error,
-                "seconds": reply.seconds,
-            }
-            for reply in carrier.ask(kind, payloads, timeout)
-        ]
-        results.append({"replies": replies, "seconds": time.perf_counter() - started, "sites": carrier.sites()})
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer = file.with_suffix(".part")
-    answer.write_text(json.dumps({"results": results, "memory": memory}))
-    answer.rename(file.with_suffix(".answer"))
+    found = {"results": []}
+    write(file.with_suffix(".begun"), found)
+    try:
+        for kind, texts, timeout, size in json.loads(file.read_text()):
+            payloads = Payloads(texts or dict.fromkeys(carrier.sites(), ""), size)
+            started = time.perf_counter()
+            replies = [told(reply, payloads) for reply in carrier.ask(kind, payloads, timeout)]
+            seconds = time.perf_counter() - started
+            found["results"].append({"replies": replies, "seconds": seconds, "sites": carrier.sites()})
+        found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except Exception as error:
+        found["aborted"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        write(file.with_suffix(".answer"), found)
+
+
+def told(reply, payloads: Payloads) -> dict:
+    """A reply as JSON."""
+    found = {"client": reply.client, "error": reply.error, "seconds": reply.seconds, "payload": None}
+    if reply.payload is not None:
+        found["payload"] = reply.payload.rstrip(b"\0").decode()
+        found["size"] = len(reply.payload)
+        found["same"] = reply.payload == payloads[reply.client]
+    return found
+
+
+def write(file: Path, content: dict):
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.rename(file)

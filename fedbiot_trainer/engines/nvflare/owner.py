@@ -88,8 +88,8 @@ class OwnerController(Controller):
                     raise JobAborted("NVFlare ends the job.")
                 reply = asking.next_reply(POLL_SECONDS)
                 if reply is not None:
-                    del waiting[reply.client]
-                    yield reply
+                    if waiting.pop(reply.client, None) is not None:
+                        yield reply
                     continue
                 for site, error in self._given_up(waiting, asking).items():
                     self.cancel_task(waiting.pop(site))
