@@ -9,6 +9,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fedbiot_trainer" / "__init
 QUALITY = ["mypy>=2.4", "ruff>=0.14"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]
 QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.17"]
+NVFLARE = ["nvflare>=2.9,<2.10"]
 TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "tensorboard>=2.14", *DEEPSPEED, *QUANTIZATION]
 
 setup(
@@ -44,6 +45,7 @@ setup(
     extras_require={
         "deepspeed": DEEPSPEED,
         "quantization": QUANTIZATION,
+        "nvflare": NVFLARE,
         "lm-eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "test": TEST,
         "quality": QUALITY,

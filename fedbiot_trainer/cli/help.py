@@ -26,11 +26,11 @@ is in docs/settings.md of the repository.\
 class TrainParser(TrlParser):
     """A [`~trl.TrlParser`] of script arguments, [`FedBiOTConfig`] and [`~trl.ModelConfig`] with a help to read."""
 
-    def __init__(self, script_arguments: type, description: str):
+    def __init__(self, script_arguments: type, command: str, description: str):
         self.script_arguments = script_arguments
         super().__init__(
             (script_arguments, FedBiOTConfig, ModelConfig),
-            prog="fedbiot train",
+            prog=f"fedbiot {command}",
             usage=USAGE,
             description=description,
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),

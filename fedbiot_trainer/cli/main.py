@@ -11,6 +11,9 @@ COMMANDS = {
     "train": "federated fine-tuning, from a YAML or flags",
     "plan": "what a run will cost, from the model's config alone",
     "merge": "what a run leaves as one plain model folder",
+    "provision": "startup kits for an owner and sites on machines of their own",
+    "serve": "the owner's side of a run with such sites",
+    "join": "a site's side of it",
 }
 
 
@@ -26,7 +29,7 @@ def main(argv: list[str] | None = None):
         except Exception as error:
             end_with_error(command, error)
         return
-    lines = "".join(f"  {name:<8}{text}\n" for name, text in COMMANDS.items())
+    lines = "".join(f"  {name:<10}{text}\n" for name, text in COMMANDS.items())
     text = f"usage: fedbiot COMMAND ...\n\n{lines}\n`fedbiot COMMAND --help` lists its flags.\n"
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(text)

@@ -161,8 +161,8 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
             (name, to_examples(read_dataset(dataset, config, split), private, limit, seed, dataset))
             for name, dataset in pairs
         ]
-    else:
-        name = script_args.dataset_name or ""  # it is there, or `client_datasets` are
+    elif script_args.dataset_name is not None:
+        name = script_args.dataset_name
         train = read_dataset(name, config, split)
         column = None if args.partition == "iid" else args.partition_column
         if script_args.partition_values is not None:
@@ -196,15 +196,15 @@ def load_datasets(script_args: FederatedScriptArguments, args: FedBiOTConfig) ->
 
 def _is_chat(loaded: dict, text_field: str) -> bool:
     """Whether the clients' text is conversations."""
-    name, dataset = ("`dataset_name`", loaded.get("train_dataset"))
-    if dataset is None:
-        name, dataset = loaded["client_datasets"][0]
-        name = f"client '{name}'"
-    return is_conversational(dataset, text_columns(dataset, name, text_field))
+    named = {"`dataset_name`": loaded.get("train_dataset")}
+    named |= {f"client '{name}'": dataset for name, dataset in loaded.get("client_datasets", [])}
+    named |= {"`eval_dataset_name`": loaded.get("eval_dataset")}  # where the clients' own is elsewhere
+    name, dataset = next(((name, dataset) for name, dataset in named.items() if dataset is not None), ("", None))
+    return dataset is not None and is_conversational(dataset, text_columns(dataset, name, text_field))
 
 
-def train(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, model_args: ModelConfig):
-    """Run what the parsed arguments ask for."""
+def prepare(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, model_args: ModelConfig) -> dict:
+    """What the parsed arguments ask for, as arguments of [`FederatedRunner`]."""
     model_name = model_args.model_name_or_path
     if script_args.task is not None and model_name is None:
         model_name = str(_task_folder(script_args.task) / "base")
@@ -231,10 +231,13 @@ def train(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, m
         use_dora=model_args.use_dora,
     )
     datasets = load_datasets(script_args, training_args)
-    if script_args.plan_only:
-        print_plan(script_args.method, model_name, training_args, peft_config, **datasets)
-    else:
-        run_method(script_args.method, model=model_name, args=training_args, peft_config=peft_config, **datasets)
+    return {"model": model_name, "args": training_args, "peft_config": peft_config, **datasets}
+
+
+def train(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, model_args: ModelConfig):
+    """Run, or plan, what the parsed arguments ask for."""
+    prepared = prepare(script_args, training_args, model_args)
+    (print_plan if script_args.plan_only else run_method)(script_args.method, **prepared)
 
 
 def print_plan(
@@ -264,8 +267,10 @@ def print_plan(
             Console().print(table, "")
 
 
-def make_parser() -> TrlParser:
-    return TrainParser(FederatedScriptArguments, (__doc__ or "").strip())
+def make_parser(
+    script_arguments: type = FederatedScriptArguments, command: str = "train", text: str = ""
+) -> TrlParser:
+    return TrainParser(script_arguments, command, (text or __doc__ or "").strip())
 
 
 def main(argv: list[str] | None = None):

@@ -19,11 +19,8 @@ from ..wire.frame import PayloadError, unpack
 from ..wire.messages import LocalWork, check_client_name
 from ..wire.plan import TrainingPlan
 from ..wire.shipment import PackageList, read_piece
+from .errors import SiteError
 from .package_store import PackageStore
-
-
-class SiteError(Exception):
-    """What a site refuses or cannot do, in words of this library's own: they may reach the owner."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""
+A site's side of a run: takes part with its own text, on its own hardware, within its own limits, until it is stopped.
+
+    fedbiot join --kit clinic --data patients.jsonl --config site.yaml
+
+`site.yaml` may have, by name, the settings that are a site's (`use_cpu`, `bf16`, `per_device_train_batch_size`, ...), its
+limits (`max_local_steps`, `max_round_seconds`, `max_package_gb`), and `accelerate_config`, with which it trains in several
+processes.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data.sources import read_dataset, to_examples
+from ..engines.site import Site, SiteLimits
+from ..shared.texts import check_texts
+from ..wire.plan import SITES
+
+
+PROCESS = "fedbiot_trainer.engines.nvflare.site"
+LIMITS = [field.name for field in fields(SiteLimits)]
+EXCHANGED = """\
+receives  once: the emulator package, at most {max_package_gb:g} GB; each round: two LoRAs and what to do
+sends     each round: the client LoRA, the number of examples, the mean training loss; once: the emulator's loss on up to
+          as many examples as the owner's plan says. No text, no token, no path.
+"""
+
+
+def read_settings(file: Path | None) -> dict[str, Any]:
+    """
+    What a site's YAML says.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is none, or it has what is not a site's to decide.
+    """
+    settings = {} if file is None else yaml.safe_load(file.read_text()) or {}
+    allowed = {*SITES, *LIMITS, "accelerate_config"} - {"output_dir"}
+    unknown = sorted(settings.keys() - allowed)
+    if unknown:
+        raise ValueError(
+            f"`config` is '{file}', which sets {', '.join(unknown)}, but that is not a site's to decide. It may set "
+            f"{', '.join(sorted(allowed))}."
+        )
+    return settings
+
+
+def make_site(file: str) -> Site:
+    """The site that a file of [`main`] describes, in each of its processes."""
+    spec = json.loads(Path(file).read_text())
+    dataset = to_examples(read_dataset(spec["data"], None, "train"), tuple(spec["templates"]), None, 0, spec["data"])
+    limits = {name: spec["settings"].pop(name) for name in LIMITS if name in spec["settings"]}
+    return Site(spec["name"], spec["folder"], dataset, SiteLimits(**limits), **spec["settings"])
+
+
+def main(argv: list[str] | None = None):
+    """Take part as the command line or `argv` says."""
+    from ..engines.nvflare.executor import SITE_FILE
+
+    parser = argparse.ArgumentParser(
+        "fedbiot join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kit", type=Path, required=True, help="The startup kit that the owner has sent.")
+    parser.add_argument("--data", required=True, help="The site's text: a file, or a dataset's name on the Hub.")
+    parser.add_argument("--config", type=Path, help="YAML of the site's own settings.")
+    parser.add_argument("--prompt_template", help="Makes prompts of columns in braces: 'Question: {question}'.")
+    parser.add_argument("--completion_template", help="Makes their completions.")
+    parser.add_argument("--folder", type=Path, help="Keeps the package. Default: a folder in the kit.")
+    parser.add_argument("--check_only", action="store_true", help="Say what would be done, and end.")
+    args = parser.parse_args(argv)
+    kit = args.kit.absolute()
+    if not (kit / "startup" / "sub_start.sh").is_file():
+        raise FileNotFoundError(f"`kit` is '{args.kit}', but that is no startup kit of a site. Ask the owner for it.")
+    settings = read_settings(args.config)
+    launcher = settings.pop("accelerate_config", None)
+    folder = (args.folder or kit / "fedbiot").absolute()
+    data = str(Path(args.data).absolute()) if Path(args.data).exists() else args.data
+    spec = {"name": kit.name, "folder": str(folder), "data": data, "settings": settings,
+            "templates": [args.prompt_template, args.completion_template]}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "site.json").write_text(json.dumps(spec, indent=2))
+    site = make_site(str(folder / "site.json"))
+    check_texts(site.train_dataset, f"`data` ('{args.data}')", settings.get("dataset_text_field", "text"))
+    launch = ["accelerate.commands.launch", "--config_file", str(Path(launcher).absolute()), "-m"] if launcher else []
+    command = [sys.executable, "-m", *launch, PROCESS, f"{__name__}:{make_site.__name__}", str(folder / "site.json")]
+    (kit / "local" / SITE_FILE).write_text(json.dumps({"command": command}, indent=2))
+    sys.stdout.write(f"site {kit.name}: {len(site.train_dataset):,} examples of {args.data}\n")
+    sys.stdout.write(EXCHANGED.format(max_package_gb=site.limits.max_package_gb))
+    sys.stdout.flush()
+    if not args.check_only:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        script = str(kit / "startup" / "sub_start.sh")
+        os.execve(script, [script, "--once"], os.environ | {"PATH": path})

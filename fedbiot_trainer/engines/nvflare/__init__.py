@@ -1,0 +1,1 @@
+"""NVIDIA FLARE carries the bytes between the owner and the sites, over its provisioned mutual TLS."""

@@ -1,0 +1,123 @@
+"""Makes the startup kits: who takes part, with which certificate, and what the owner's jobs may do at a site."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from nvflare.lighter.constants import CtxKey
+from nvflare.lighter.prov_utils import prepare_builders, prepare_packager
+from nvflare.lighter.provision import prepare_project
+from nvflare.lighter.provisioner import Provisioner
+
+
+PROJECT_FILE = "project.yml"
+EXECUTOR = "fedbiot_trainer.engines.nvflare.executor.SiteExecutor"
+CONTROLLER = "fedbiot_trainer.engines.nvflare.owner.OwnerController"
+SERVER = "owner"
+_BUILDERS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("workspace.WorkspaceBuilder", {}),
+    ("static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "grpc"}),
+    ("cert.CertBuilder", {}),
+    ("signature.SignatureBuilder", {}),
+)
+# What the owner's administrator may have done at a site: start and end jobs, and see how they go. No command in a shell,
+# no look at the site's files, and no code in a job.
+_RIGHTS = {
+    "submit_job": "any",
+    "manage_job": "any",
+    "download_job": "any",
+    "view": "any",
+    "clone_job": "none",
+    "operate": "none",
+    "shell_commands": "none",
+    "byoc": "none",
+}
+
+
+def provision(
+    folder: str | Path, host: str, port: int, sites: Sequence[str], administrator: str = "owner@fedbiot.org"
+) -> dict[str, Path]:
+    """
+    Make a startup kit for each party. Sites connect to one port of the owner's machine, and need none of their own.
+
+    A second call with more sites keeps the certificate authority: kits that are in use stay good.
+
+    Args:
+        folder (`str` or `Path`): Where `project.yml`, the certificate authority and the kits go. Not to be shared.
+        host (`str`): Name under which sites reach the owner's machine.
+        port (`int`): Its one open port.
+        sites (sequence of `str`): Names of the sites: letters, digits, `-` and `_`.
+        administrator (`str`, *optional*): Who submits jobs, written as an email address.
+
+    Returns:
+        `dict[str, Path]`: The kit of `owner` (the server), of each site, and of the administrator.
+
+    Raises:
+        ValueError: If a name cannot be used, or is used twice.
+    """
+    for site in sites:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", site) or site == SERVER:
+            raise ValueError(
+                f"`sites` has '{site}': a name is made of letters, digits, '-' and '_', and not '{SERVER}'."
+            )
+    if len(set(sites)) < len(sites):
+        raise ValueError(f"`sites` has a name twice: {list(sites)}.")
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    project = project_of(host, port, sites, administrator)
+    (folder / PROJECT_FILE).write_text(yaml.safe_dump(project, sort_keys=False))
+    context = Provisioner(str(folder), prepare_builders(project), prepare_packager(project)).provision(
+        prepare_project(project)
+    )
+    made = context.get(CtxKey.CURRENT_PROD_DIR)
+    if context.get(CtxKey.BUILD_ERROR) or made is None:
+        raise ValueError(
+            f"NVFlare cannot make startup kits of '{folder / PROJECT_FILE}': {context.get(CtxKey.ERRORS)}."
+        )
+    kits = {name: Path(made, name) for name in (SERVER, *sites, administrator)}
+    _restrict_owner(kits[SERVER] / "local")
+    for site in sites:
+        _restrict_site(kits[site] / "local")
+    return kits
+
+
+def project_of(host: str, port: int, sites: Sequence[str], administrator: str) -> dict[str, Any]:
+    """What `project.yml` says."""
+    owner = {"name": SERVER, "type": "server", "org": "owner", "default_host": host, "host_names": [host]}
+    admin = {"name": administrator, "type": "admin", "org": "owner", "role": "project_admin"}
+    return {
+        "api_version": 3,
+        "name": "fedbiot",
+        "participants": [
+            owner | {"fed_learn_port": port, "admin_port": port},
+            *({"name": site, "type": "client", "org": site.replace("-", "_")} for site in sites),
+            admin,
+        ],
+        "builders": [{"path": f"nvflare.lighter.impl.{path}", "args": args} for path, args in _BUILDERS],
+    }
+
+
+def _restrict_owner(local: Path):
+    """The owner's machine keeps its jobs in the kit's own folder, and builds only what a job of ours names."""
+    resources = json.loads((local / "resources.json.default").read_text())
+    resources["class_allow_list"] = [CONTROLLER]
+    storage = local.parent / "storage"
+    resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
+    for component in resources["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str(storage / "jobs")
+    (local / "resources.json").write_text(json.dumps(resources, indent=2))
+
+
+def _restrict_site(local: Path):
+    """Nothing of a site's logs leaves it, and no job makes it run anything but our executor."""
+    resources = json.loads((local / "resources.json.default").read_text())
+    resources["class_allow_list"] = [EXECUTOR]
+    resources["allow_log_streaming"] = False
+    resources["components"] = [part for part in resources["components"] if part["id"] != "site_log_streamer"]
+    (local / "resources.json").write_text(json.dumps(resources, indent=2))
+    policy = {"format_version": "1.0", "permissions": {"project_admin": _RIGHTS}}
+    (local / "authorization.json").write_text(json.dumps(policy, indent=2))

@@ -1,0 +1,121 @@
+"""What NVFlare is given: startup kits, and the folder of a job. No process is started."""
+
+import json
+import ssl
+
+import pytest
+import yaml
+
+
+pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedbiot-trainer[nvflare]'")
+
+from fedbiot_trainer.engines.errors import SiteError
+from fedbiot_trainer.engines.nvflare.executor import SiteExecutor, read_command
+from fedbiot_trainer.engines.nvflare.job import write_job
+from fedbiot_trainer.engines.nvflare.owner import TASK, OwnerController
+from fedbiot_trainer.engines.nvflare.parts import PART, split, views
+from fedbiot_trainer.engines.nvflare.provision import CONTROLLER, EXECUTOR, provision
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("federation")
+
+
+@pytest.fixture(scope="module")
+def kits(folder):
+    return provision(folder, "models.example.org", 8443, ["north", "south-2"], "admin@example.org")
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_each_party_has_a_kit_with_its_own_key(kits):
+    assert list(kits) == ["owner", "north", "south-2", "admin@example.org"]
+    keys = [next((kit / "startup").glob("*.key")).read_text() for kit in kits.values()]
+    assert len(set(keys)) == 4
+    certificate = ssl._ssl._test_decode_cert(str(kits["north"] / "startup" / "client.crt"))
+    assert (("commonName", "north"),) in certificate["subject"]
+    certificate = ssl._ssl._test_decode_cert(str(kits["owner"] / "startup" / "server.crt"))
+    assert ("DNS", "models.example.org") in certificate["subjectAltName"]
+
+
+def test_the_owner_has_one_port_and_all_connect_to_it(folder, kits):
+    owner = yaml.safe_load((folder / "project.yml").read_text())["participants"][0]
+    assert owner["fed_learn_port"] == owner["admin_port"] == 8443
+    site = read(kits["north"] / "startup" / "fed_client.json")
+    assert site["servers"][0]["service"]["target"] == "models.example.org:8443"
+    assert site["client"]["connection_security"] == "mtls"
+    admin = read(kits["admin@example.org"] / "startup" / "fed_admin.json")["admin"]
+    assert (admin["host"], admin["port"]) == ("models.example.org", 8443)
+
+
+def test_a_site_runs_our_executor_only_and_sends_no_logs(kits):
+    resources = read(kits["north"] / "local" / "resources.json")
+    assert resources["class_allow_list"] == [EXECUTOR]
+    assert resources["class_list_enforcement_mode"] == "enforce"
+    assert resources["allow_log_streaming"] is False
+    assert "log_streamer" not in json.dumps(resources["components"])
+    rights = read(kits["north"] / "local" / "authorization.json")["permissions"]
+    assert list(rights) == ["project_admin"]
+    assert rights["project_admin"]["shell_commands"] == rights["project_admin"]["byoc"] == "none"
+
+
+def test_a_site_that_joins_later_leaves_the_other_kits_good(folder, kits):
+    again = provision(folder, "models.example.org", 8443, ["north", "south-2", "west"], "admin@example.org")
+    for name in ("north", "west"):
+        authority = again[name] / "startup" / "rootCA.pem"
+        assert authority.read_text() == (kits["owner"] / "startup" / "rootCA.pem").read_text()
+    assert again["north"] != kits["north"]
+
+
+@pytest.mark.parametrize("sites, match", [(["a b"], "'a b'"), (["owner"], "'owner'"), (["a", "a"], "twice")])
+def test_names_that_cannot_be_used(tmp_path, sites, match):
+    with pytest.raises(ValueError, match=match):
+        provision(tmp_path, "localhost", 8443, sites)
+
+
+def test_a_job_names_our_classes_and_no_site(tmp_path):
+    job = write_job(tmp_path / "job", "package.module:function", "argument", min_sites=2)
+    meta = read(job / "meta.json")
+    assert (meta["deploy_map"], meta["min_clients"]) == ({"app": ["@ALL"]}, 2)
+    assert sorted(path.name for path in job.rglob("*")) == [
+        "app", "config", "config_fed_client.json", "config_fed_server.json", "meta.json",
+    ]  # fmt: skip
+    server, client = (read(job / "app" / "config" / f"config_fed_{who}.json") for who in ("server", "client"))
+    workflow = server["workflows"][0]
+    assert workflow["path"] == CONTROLLER == f"{OwnerController.__module__}.{OwnerController.__name__}"
+    assert workflow["args"] == {"function": "package.module:function", "argument": "argument"}
+    executor = client["executors"][0]
+    assert executor["executor"]["path"] == EXECUTOR == f"{SiteExecutor.__module__}.{SiteExecutor.__name__}"
+    assert executor["tasks"] == [TASK]
+
+
+def test_a_site_says_itself_what_it_runs(tmp_path):
+    with pytest.raises(SiteError, match="has no `fedbiot_site.json`"):
+        read_command(tmp_path)
+    file = tmp_path / "fedbiot_site.json"
+    file.write_text("{")
+    with pytest.raises(SiteError, match="is no JSON"):
+        read_command(tmp_path)
+    for wrong in ({}, [], {"command": "python -m site"}, {"command": []}, {"command": ["python", 3]}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(SiteError, match="has no `command`"):
+            read_command(tmp_path)
+    file.write_text(json.dumps({"command": ["python", "-m", "site"]}))
+    assert read_command(tmp_path) == ["python", "-m", "site"]
+
+
+@pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 3 * PART])
+def test_parts_of_a_payload(size):
+    payload = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    parts = split(payload)
+    assert all(len(part) <= PART for part in parts)
+    assert b"".join(views(parts)) == payload
+
+
+@pytest.mark.parametrize("wrong", [None, "text", {"a": 1}, [1], ["text"], [[1.0]]])
+def test_what_is_no_payload(wrong):
+    with pytest.raises(TypeError, match="list of bytes"):
+        views(wrong)
