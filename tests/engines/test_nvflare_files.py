@@ -1,5 +1,6 @@
 """What NVFlare is given: startup kits, and the folder of a job. No process is started."""
 
+import base64
 import json
 import ssl
 
@@ -86,7 +87,10 @@ def test_a_job_names_our_classes_and_no_site(tmp_path):
     server, client = (read(job / "app" / "config" / f"config_fed_{who}.json") for who in ("server", "client"))
     workflow = server["workflows"][0]
     assert workflow["path"] == CONTROLLER == f"{OwnerController.__module__}.{OwnerController.__name__}"
-    assert workflow["args"] == {"function": "package.module:function", "argument": "argument"}
+    assert workflow["args"] == {
+        "function": "package.module:function",
+        "argument": base64.b64encode(b"argument").decode(),
+    }
     executor = client["executors"][0]
     assert executor["executor"]["path"] == EXECUTOR == f"{SiteExecutor.__module__}.{SiteExecutor.__name__}"
     assert executor["tasks"] == [TASK]

@@ -1,5 +1,6 @@
 """The job that NVFlare runs: which of our classes works where. It names no site, and brings no code."""
 
+import base64
 import json
 import shutil
 import time
@@ -36,12 +37,13 @@ def write_job(folder: str | Path, function: str, argument: str = "", min_sites: 
         shutil.rmtree(folder)
     config = folder / "app" / "config"
     config.mkdir(parents=True)
+    encoded = base64.b64encode(argument.encode()).decode()  # of plain text, NVFlare replaces what stands in braces
     meta = {"name": APP, "resource_spec": {}, "min_clients": min_sites, "deploy_map": {"app": ["@ALL"]}}
     server = {
         "format_version": 2,
         "server": {"task_request_interval": TASK_REQUEST_SECONDS},
         "dead_client_grace_period": DEAD_SITE_SECONDS,
-        "workflows": [{"id": APP, "path": CONTROLLER, "args": {"function": function, "argument": argument}}],
+        "workflows": [{"id": APP, "path": CONTROLLER, "args": {"function": function, "argument": encoded}}],
         "components": [],
     }
     client = {

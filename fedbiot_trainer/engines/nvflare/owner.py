@@ -1,5 +1,6 @@
 """The owner's side in an NVFlare job: a function asks sites, and NVFlare's tasks carry what it asks."""
 
+import base64
 import queue
 import time
 from collections.abc import Iterator, Mapping
@@ -32,13 +33,13 @@ class OwnerController(Controller):
 
     Args:
         function (`str`): `package.module:function`, on the owner's machine.
-        argument (`str`, *optional*): Handed to it.
+        argument (`str`, *optional*): Handed to it, here in base 64.
     """
 
     def __init__(self, function: str, argument: str = ""):
         super().__init__()
         self.function = function
-        self.argument = argument
+        self.argument = base64.b64decode(argument).decode()
         self._abort_signal = Signal()
         self._fl_ctx: FLContext | None = None
 

@@ -1,0 +1,152 @@
+"""Owner and three sites by their commands: real processes of this machine over NVFlare, against the run in one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import assert_same, save_files, sums
+
+from fedbiot_trainer.shared.lora_state import load_lora
+
+
+pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedbiot-trainer[nvflare]'")
+pytestmark = [pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+SITES = {"north": sums(0, 8), "south": sums(8, 12), "west": sums(12, 16)}
+ADMINISTRATOR = "owner@fedbiot.org"
+SETTINGS = {
+    "num_rounds": 3, "local_steps": 2, "initial_alignment_steps": 3, "alignment_steps": 2, "alignment_batch_size": 4,
+    "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "lora_r": 4, "lora_alpha": 8,
+    "lora_target_modules": "all-linear", "client_zero_shot_examples": 4,
+}  # fmt: skip
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+}
+
+
+def fedbiot(*words, **kwargs):
+    command = [sys.executable, "-m", "fedbiot_trainer", *map(str, words)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = save_files(
+        tmp_path_factory.mktemp("deployment"), tokenizer, public=sums(40, 50), test=sums(50, 55), **SITES
+    )
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(
+            SETTINGS
+            | {
+                "model_name_or_path": "base",
+                "public_dataset_name": "public.jsonl",
+                "eval_dataset_name": "test.jsonl",
+                "teacher_cache_dir": "cache",
+                "output_dir": "served",
+            }
+        )  # fmt: skip
+    )
+    (folder / "site.yaml").write_text(yaml.safe_dump({"use_cpu": True, "max_local_steps": 5}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kits(folder):
+    """Startup kits of a server and sites that are running."""
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        port = taken.getsockname()[1]
+    made = fedbiot(
+        "provision", "--host", "localhost", "--port", port, "--sites", *SITES, "--output_dir", folder / "kits"
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    kits = {line.split()[0]: Path(line.split()[1]) for line in made.stdout.splitlines() if line}
+    commands = {"owner": [kits["owner"] / "startup" / "sub_start.sh", "--once"]}
+    for name in SITES:
+        join = [sys.executable, "-m", "fedbiot_trainer", "join", "--kit", kits[name], "--data", f"{name}.jsonl"]
+        commands[name] = [*join, "--config", "site.yaml"]
+    processes = []
+    for name, command in commands.items():
+        with (folder / f"{name}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [str(word) for word in command],
+                    env=ENVIRONMENT,
+                    stdout=log,
+                    stderr=log,
+                    cwd=folder,
+                    start_new_session=True,
+                )  # fmt: skip
+            )
+    yield kits
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def serve(folder, kits, *flags):
+    words = [
+        "serve",
+        "--kit",
+        kits[ADMINISTRATOR],
+        "--min_sites",
+        3,
+        "--patience",
+        120,
+        "--config",
+        "run.yaml",
+        *flags,
+    ]
+    return fedbiot(*words, cwd=folder)
+
+
+def test_a_run_of_three_parties_is_the_run_in_one_process(folder, kits):
+    served = serve(folder, kits)
+    assert served.returncode == 0, served.stderr[-3000:]
+    clients = [f"{name}={name}.jsonl" for name in SITES]
+    whole = fedbiot(
+        "train", "--config", "run.yaml", "--output_dir", "whole", "--client_datasets", *clients, cwd=folder
+    )
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    (_, one), (_, other) = (load_lora(folder / name / "client_lora") for name in ("served", "whole"))
+    assert_same(one, other)
+    assert "round 3/3" in served.stdout and "Result on held-out text" in served.stdout
+    rounds = [json.loads(line) for line in (folder / "served" / "rounds.jsonl").read_text().splitlines()]
+    assert all(set(record["client_losses"]) == set(SITES) for record in rounds)
+    said = (folder / "north.log").read_text()
+    assert "site north: 24 examples of north.jsonl" in said and "No text, no token, no path." in said
+
+
+def test_a_served_run_goes_on(folder, kits):
+    flags = ["--num_rounds", "5", "--resume_from_checkpoint", "true"]
+    served = serve(folder, kits, *flags)
+    assert served.returncode == 0, served.stderr[-3000:]
+    assert "going on after round 3" in served.stdout
+    assert len((folder / "served" / "rounds.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_site_refuses_beyond_its_limits(folder, kits):
+    served = serve(folder, kits, "--output_dir", "refused", "--local_steps", "6")
+    assert served.returncode == 1
+    assert "The round has 6 local steps, and this site takes 5 at most." in served.stdout
+
+
+def test_what_the_owner_cannot_ask_for_is_said_before_anything_is_sent(folder, kits):
+    started = time.monotonic()
+    served = serve(folder, kits, "--client_datasets", "north=north.jsonl")
+    assert served.returncode == 1
+    assert (
+        "`client_datasets` is ['north=north.jsonl'], but the clients have their text at their sites." in served.stderr
+    )
+    assert time.monotonic() - started < 120
