@@ -354,10 +354,10 @@ def test_names_of_tasks(compare, tmp_path):
     assert compare["parse_args"](["--config", other, "--output_dir", str(tmp_path)])[0].task == "gsm8k"
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("fedot", "full_lora", "ceiling")]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("local_only", "fedot", "full_lora", "ceiling")]
 
 
-@pytest.mark.parametrize("method", ["fedbiot", "local_only", *OTHERS])
+@pytest.mark.parametrize("method", ["fedbiot", *OTHERS])
 def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     save_files(tmp_path, tokenizer)
     cell = compare["Cell"](method, 0.5, 0)

@@ -8,15 +8,15 @@ from peft import LoraConfig
 from test_prepare import check_no_text_on_two_sides, run_prepare
 
 
-pytestmark = pytest.mark.trains
-
-
 DATA = Path(os.environ.get("FEDBIOT_DATA", ""))
 
-pytestmark = pytest.mark.skipif(
-    not (DATA / "gsm8k_train.jsonl").exists(),
-    reason="FEDBIOT_DATA names no folder with gsm8k_train.jsonl, gsm8k_test.jsonl and codealpaca.jsonl",
-)
+pytestmark = [
+    pytest.mark.trains,
+    pytest.mark.skipif(
+        not (DATA / "gsm8k_train.jsonl").exists(),
+        reason="FEDBIOT_DATA names no folder with gsm8k_train.jsonl, gsm8k_test.jsonl and codealpaca.jsonl",
+    ),
+]
 
 
 def read(name, prompt, completion, limit):
@@ -27,6 +27,7 @@ def read(name, prompt, completion, limit):
     )
 
 
+@pytest.mark.slow
 def test_gsm8k_with_codealpaca_as_public_text(make_runner):
     """Real text through the whole loop, by characters: the loss on held-out problems falls."""
     runner = make_runner(
