@@ -17,7 +17,7 @@ PROJECT_FILE = "project.yml"
 EXECUTOR = "fedbiot_trainer.engines.nvflare.executor.SiteExecutor"
 CONTROLLER = "fedbiot_trainer.engines.nvflare.owner.OwnerController"
 SERVER = "owner"
-_BUILDERS = (
+_BUILDERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("workspace.WorkspaceBuilder", {}),
     ("static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "grpc"}),
     ("cert.CertBuilder", {}),
