@@ -95,3 +95,12 @@ def test_what_the_data_side_imports_has_nothing_of_the_owners():
 
 def test_no_drawer_for_odds_and_ends():
     assert not [name for name in MODULES if Path(name).stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def test_an_engine_is_imported_in_its_own_folder_only():
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(module.partition(".")[0] == "nvflare" for module in modules):
+                assert name.startswith("engines/nvflare/")

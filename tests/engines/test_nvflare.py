@@ -17,7 +17,7 @@ pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedbiot-train
 
 from fedbiot_trainer.engines.nvflare.executor import SITE_FILE
 from fedbiot_trainer.engines.nvflare.job import open_session, wait_for_sites, write_job
-from fedbiot_trainer.engines.nvflare.provision import provision
+from fedbiot_trainer.engines.nvflare.provision import EXECUTOR, provision
 
 
 pytestmark = [pytest.mark.slow]
@@ -170,6 +170,28 @@ def test_no_process_of_a_site_outlives_its_job(answers):
     for replies in (answers["first"], answers["after late"], answers["after death"]):
         for reply in replies.values():
             assert not Path("/proc", reply["payload"].split()[1]).exists()
+
+
+@pytest.mark.parametrize("attack", ["another class", "code in the job"])
+def test_no_job_makes_a_site_run_anything_else(federation, tmp_path, attack):
+    session, folder, _ = federation
+    job = write_job(folder / "attack", "nvflare_parts:owner", str(folder / "no-script.json"))
+    config = job / "app" / "config" / "config_fed_client.json"
+    client = json.loads(config.read_text())
+    if attack == "another class":
+        path = "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor"
+        arguments = {"execution_mode": "external_process", "command": ["touch", str(tmp_path / "breach")]}
+    else:
+        custom = job / "app" / "custom"
+        custom.mkdir()
+        code = f"open({str(tmp_path / 'breach')!r}, 'w')\nfrom {EXECUTOR.rpartition('.')[0]} import SiteExecutor\n"
+        (custom / "breach.py").write_text(code)
+        path, arguments = "breach.SiteExecutor", {}
+    client["executors"][0]["executor"] = {"path": path, "args": arguments}
+    config.write_text(json.dumps(client))
+    status = session.wait_for_job(session.submit_job(str(job)), timeout=180)["status"]
+    assert status.startswith("FINISHED:") and status != "FINISHED:COMPLETED"
+    assert not (tmp_path / "breach").exists()
 
 
 def test_when_a_job_is_aborted_the_function_is_told(federation):

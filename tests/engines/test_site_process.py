@@ -94,6 +94,15 @@ def test_a_process_that_dies_is_started_again(process):
     assert after != before
 
 
+def test_a_process_that_died_between_two_requests_is_started_for_the_second(process):
+    pid = int(ask(process, "who")[1].split()[1])
+    os.kill(pid, signal.SIGKILL)
+    wait_until_gone(pid)
+    reply, after = ask(process, "who")
+    assert reply == "answer"
+    assert int(after.split()[1]) != pid
+
+
 def test_a_process_that_cannot_start_is_an_error(tmp_path):
     process = SiteProcess([sys.executable, "-c", "raise SystemExit('no model here')"], tmp_path / "site.log")
     with pytest.raises(SiteError, match="process died"):
@@ -129,6 +138,13 @@ process.ask("sleep", [b"600"], lambda: False)
     parent.communicate()
     for pid in pids:
         wait_until_gone(pid)
+
+
+def test_it_needs_neither_an_engine_nor_torch():
+    """What a site runs is its own choice, and starts at once."""
+    script = "import sys, fedbiot_trainer.engines.nvflare.process; print({'nvflare', 'torch'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE.parents[1])
+    assert result.stdout.strip() == "set()", result.stderr
 
 
 def test_a_function_is_named_by_module_and_name():

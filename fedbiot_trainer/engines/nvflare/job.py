@@ -26,7 +26,7 @@ def write_job(folder: str | Path, function: str, argument: str = "", min_sites: 
     Args:
         folder (`str` or `Path`): Made anew.
         function (`str`): `package.module:function`. It runs on the owner's machine as `function(carrier, argument)`.
-        argument (`str`, *optional*): Handed to it.
+        argument (`str`, *optional*): Handed to it. NVFlare sends the whole folder to the sites: no secret goes in it.
         min_sites (`int`, *optional*): NVFlare starts the job with this many sites, and ends it with fewer.
 
     Returns:

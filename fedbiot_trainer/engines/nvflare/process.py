@@ -57,6 +57,8 @@ class SiteProcess:
         """
         try:
             self._drop_old_replies()
+            if self._process is not None and self._process.poll() is not None:
+                self.end()  # it died since the last request
             if self._process is None:
                 self._start(stopped)
             self._unread = set(self._ranks)
