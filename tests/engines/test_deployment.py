@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import assert_same, save_files, sums
 
@@ -72,27 +73,46 @@ def kits(folder):
     )
     assert made.returncode == 0, made.stderr[-3000:]
     kits = {line.split()[0]: Path(line.split()[1]) for line in made.stdout.splitlines() if line}
-    commands = {"owner": [kits["owner"] / "startup" / "sub_start.sh", "--once"]}
-    for name in SITES:
-        join = [sys.executable, "-m", "fedbiot_trainer", "join", "--kit", kits[name], "--data", f"{name}.jsonl"]
-        commands[name] = [*join, "--config", "site.yaml"]
-    processes = []
-    for name, command in commands.items():
-        with (folder / f"{name}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [str(word) for word in command],
-                    env=ENVIRONMENT,
-                    stdout=log,
-                    stderr=log,
-                    cwd=folder,
-                    start_new_session=True,
-                )  # fmt: skip
+    running: dict[str, subprocess.Popen] = {}
+
+    def start(name, *command):
+        if name in running:
+            stop(name)
+        with (folder / f"{name}.log").open("a") as log:
+            running[name] = subprocess.Popen(
+                [str(word) for word in command],
+                env=ENVIRONMENT,
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+                start_new_session=True,
             )
-    yield kits
-    for process in processes:
+
+    def stop(name):
+        process = running.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def join(name, config="site.yaml"):
+        words = ["--kit", kits[name], "--data", f"{name}.jsonl", "--config", config]
+        start(name, sys.executable, "-m", "fedbiot_trainer", "join", *words)
+
+    start("owner", kits["owner"] / "startup" / "sub_start.sh", "--once")
+    for name in SITES:
+        join(name)
+    kits["join"] = join
+    yield kits
+    for name in list(running):
+        stop(name)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The client LoRA of the run in one process."""
+    clients = [f"{name}={name}.jsonl" for name in SITES]
+    run = fedbiot("train", "--config", "run.yaml", "--output_dir", "whole", "--client_datasets", *clients, cwd=folder)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return load_lora(folder / "whole" / "client_lora")[1]
 
 
 def serve(folder, kits, *flags):
@@ -111,16 +131,10 @@ def serve(folder, kits, *flags):
     return fedbiot(*words, cwd=folder)
 
 
-def test_a_run_of_three_parties_is_the_run_in_one_process(folder, kits):
+def test_a_run_of_three_parties_is_the_run_in_one_process(folder, kits, whole):
     served = serve(folder, kits)
     assert served.returncode == 0, served.stderr[-3000:]
-    clients = [f"{name}={name}.jsonl" for name in SITES]
-    whole = fedbiot(
-        "train", "--config", "run.yaml", "--output_dir", "whole", "--client_datasets", *clients, cwd=folder
-    )
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    (_, one), (_, other) = (load_lora(folder / name / "client_lora") for name in ("served", "whole"))
-    assert_same(one, other)
+    assert_same(load_lora(folder / "served" / "client_lora")[1], whole)
     assert "round 3/3" in served.stdout and "Result on held-out text" in served.stdout
     rounds = [json.loads(line) for line in (folder / "served" / "rounds.jsonl").read_text().splitlines()]
     assert all(set(record["client_losses"]) == set(SITES) for record in rounds)
@@ -150,3 +164,19 @@ def test_what_the_owner_cannot_ask_for_is_said_before_anything_is_sent(folder, k
         "`client_datasets` is ['north=north.jsonl'], but the clients have their text at their sites." in served.stderr
     )
     assert time.monotonic() - started < 120
+
+
+def test_a_site_of_two_processes_comes_to_the_same(folder, kits, whole):
+    """One that is started anew, with other hardware."""
+    ddp = ROOT / "accelerate_configs" / "cpu" / "ddp.yaml"
+    settings = {"use_cpu": True, "per_device_train_batch_size": 1, "accelerate_config": str(ddp)}
+    (folder / "ddp.yaml").write_text(yaml.safe_dump(settings))
+    kits["join"]("west", "ddp.yaml")
+    served = serve(folder, kits, "--output_dir", "ddp")
+    assert served.returncode == 0, served.stderr[-3000:]
+    rounds = [json.loads(line) for line in (folder / "ddp" / "rounds.jsonl").read_text().splitlines()]
+    assert all(set(record["client_losses"]) == set(SITES) for record in rounds)
+    (_, ours) = load_lora(folder / "ddp" / "client_lora")
+    one, other = (torch.cat([lora[key].flatten() for key in sorted(whole)]) for lora in (ours, whole))
+    assert not torch.equal(one, other)  # sums in another order
+    assert (one - other).norm() < 1e-5 * other.norm()
