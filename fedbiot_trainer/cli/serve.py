@@ -25,6 +25,7 @@ from .train import FederatedScriptArguments, make_parser, prepare
 
 LOG = "log.txt"  # of the run, in its folder
 POLL = 1.0  # seconds between two looks at the run
+MAX_RESTARTS = 3
 
 
 @dataclass
@@ -39,8 +40,11 @@ class OwnerScriptArguments(FederatedScriptArguments):
 
 
 def run(carrier: Carrier, argument: str):
-    """What the server runs: a federated run with the sites that `carrier` reaches, as the command line has it."""
-    order = json.loads(argument)
+    """
+    What the server runs: a federated run with the sites that `carrier` reaches, as the command line has it. `argument` names
+    the file that says how: it goes to the sites with the job, which the owner's settings and paths should not.
+    """
+    order = json.loads(Path(argument).read_text())
     os.chdir(order["folder"])
     prepared = _prepare(order["flags"])
     runner = FederatedRunner(
@@ -64,6 +68,7 @@ def _prepare(flags: list[str]) -> dict:
 def main(argv: list[str] | None = None):
     """Submit the run that the command line or `argv` asks for, show it, and end with it."""
     from ..engines.nvflare.job import open_session, write_job
+    from ..engines.nvflare.owner import ABORTED
 
     parser = argparse.ArgumentParser("fedbiot serve", add_help=False, allow_abbrev=False)
     parser.add_argument("--kit", type=Path)
@@ -78,31 +83,50 @@ def main(argv: list[str] | None = None):
     shown = log.stat().st_size if log.is_file() else 0
     session = open_session(own.kit)
     try:
-        deadline = time.monotonic() + own.patience
-        while len(session.get_connected_client_list()) < own.min_sites:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"`min_sites` is {own.min_sites}, but fewer have connected within `patience` ({own.patience:g} s)."
-                )
-            time.sleep(POLL)
-        with tempfile.TemporaryDirectory() as folder:
-            run_of_server = f"{__name__}:{run.__name__}"
-            job = session.submit_job(str(write_job(Path(folder, "job"), run_of_server, json.dumps(order))))
-        try:
-            status = ""
-            while not status.startswith("FINISHED"):
-                time.sleep(POLL)
-                status = str(session.get_job_meta(job)["status"])
-                shown = _show(log, shown)
-        except KeyboardInterrupt:
-            session.abort_job(job)
-            sys.exit("stopped. To go on: --resume_from_checkpoint true")
+        for restarts in range(MAX_RESTARTS + 1):
+            _wait_for_sites(session, own.min_sites, own.patience)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, "order.json")
+                file.write_text(json.dumps(order))
+                job = session.submit_job(str(write_job(Path(folder, "job"), f"{__name__}:{run.__name__}", str(file))))
+                status, shown = _follow(session, job, log, shown)
+            if status == "FINISHED:COMPLETED":
+                return
+            # NVFlare ends a job when it loses a process of its own at one site.
+            if restarts == MAX_RESTARTS or not log.is_file() or not log.read_text().endswith(f"error: {ABORTED}\n"):
+                break
+            sys.stdout.write("NVFlare has ended the run. It goes on from its state.\n")
+            order["flags"] = [*flags, "--resume_from_checkpoint", "true"]
     finally:
         session.close()
-    if status != "FINISHED:COMPLETED":
-        raise RuntimeError(
-            f"The run ended as {status}. The server's log in its kit says more; its state is in the run's folder."
-        )
+    raise RuntimeError(
+        f"The run ended as {status}. The server's log in its kit says more. If there is a state in the run's folder, it can go on "
+        "with `--resume_from_checkpoint true`."
+    )
+
+
+def _wait_for_sites(session, min_sites: int, patience: float):
+    deadline = time.monotonic() + patience
+    while len(session.get_connected_client_list()) < min_sites:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"`min_sites` is {min_sites}, but fewer have connected within `patience` ({patience:g} s)."
+            )
+        time.sleep(POLL)
+
+
+def _follow(session, job: str, log: Path, shown: int) -> tuple[str, int]:
+    """Print what a job logs until it ends. Returns how it ended, and how far the log was read."""
+    status = ""
+    try:
+        while not status.startswith("FINISHED"):
+            time.sleep(POLL)
+            status = str(session.get_job_meta(job)["status"])
+            shown = _show(log, shown)
+    except KeyboardInterrupt:
+        session.abort_job(job)
+        sys.exit("stopped. To go on: --resume_from_checkpoint true")
+    return status, shown
 
 
 def _show(log: Path, shown: int) -> int:

@@ -150,6 +150,30 @@ def test_a_served_run_goes_on(folder, kits):
     assert len((folder / "served" / "rounds.jsonl").read_text().splitlines()) == 5
 
 
+def test_a_run_goes_on_when_the_engine_loses_a_process(folder, kits):
+    """NVFlare's own process of the job at a site, without which it ends the job for all."""
+    words = ["serve", "--kit", kits[ADMINISTRATOR], "--min_sites", 3, "--config", "run.yaml", "--num_rounds", 12]
+    command = [sys.executable, "-m", "fedbiot_trainer", *map(str, words), "--output_dir", "lost"]
+    served = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+    )
+    rounds, deadline = folder / "lost" / "rounds.jsonl", time.monotonic() + 300
+    while not rounds.is_file() or len(rounds.read_text().splitlines()) < 2:
+        assert served.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    found = [
+        int(process.parent.name)
+        for process in Path("/proc").glob("[0-9]*/cmdline")
+        if "worker_process" in (command := process.read_text()) and str(kits["north"]) in command
+    ]
+    assert len(found) == 1
+    os.kill(found[0], signal.SIGKILL)
+    said, _ = served.communicate(timeout=300)
+    assert served.returncode == 0, said[-3000:]
+    assert "NVFlare has ended the run. It goes on from its state." in said and "going on after round" in said
+    assert [json.loads(line)["server_round"] for line in rounds.read_text().splitlines()] == list(range(1, 13))
+
+
 def test_a_site_refuses_beyond_its_limits(folder, kits):
     served = serve(folder, kits, "--output_dir", "refused", "--local_steps", "6")
     assert served.returncode == 1

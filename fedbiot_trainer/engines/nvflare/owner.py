@@ -23,8 +23,11 @@ POLL_SECONDS = 0.5  # between two looks whether the job is aborted or a site has
 MAX_ERROR_LENGTH = 500
 
 
+ABORTED = "NVFlare ends the job."
+
+
 class JobAborted(Exception):
-    """NVFlare ends the job."""
+    """NVFlare ends the job, because someone has aborted it or it has lost a process of its own at a site."""
 
 
 class OwnerController(Controller):
@@ -86,7 +89,7 @@ class OwnerController(Controller):
         try:
             while waiting:
                 if self._abort_signal.triggered:
-                    raise JobAborted("NVFlare ends the job.")
+                    raise JobAborted(ABORTED)
                 reply = asking.next_reply(POLL_SECONDS)
                 if reply is not None:
                     if waiting.pop(reply.client, None) is not None:
