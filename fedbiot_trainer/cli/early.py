@@ -113,6 +113,12 @@ def check_sources(args: Any, are_remote: bool = False):
     Raises:
         ValueError: If they are not enough, too many, or not together.
     """
+    if are_remote:
+        for name in ("task", "dataset_name", "client_datasets"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"`{name}` is {getattr(args, name)}, but the clients have their text at their sites. Leave it out."
+                )
     for prompt, completion in (
         ("prompt_template", "completion_template"),
         ("public_prompt_template", "public_completion_template"),
@@ -137,13 +143,7 @@ def check_sources(args: Any, are_remote: bool = False):
                 f"`{name}` is {getattr(args, name)}, but `task` is '{args.task}', which brings its own data. For your "
                 "own, name the full model with `model_name_or_path`."
             )
-    if are_remote:
-        for name in ("task", "dataset_name", "client_datasets"):
-            if getattr(args, name) is not None:
-                raise ValueError(
-                    f"`{name}` is {getattr(args, name)}, but the clients have their text at their sites. Leave it out."
-                )
-    elif args.task is None and (args.dataset_name is None) == (args.client_datasets is None):
+    if not are_remote and args.task is None and (args.dataset_name is None) == (args.client_datasets is None):
         raise ValueError("Set one of `dataset_name` and `client_datasets`, or `task`.")
     for name in ("partition_values", "eval_fraction"):
         if getattr(args, name) is not None and args.dataset_name is None:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ..data.sources import read_dataset, to_examples
+from ..engines.errors import check_installed
 from ..engines.site import Site, SiteLimits
 from ..shared.texts import check_texts
 from ..wire.plan import SITES
@@ -61,6 +62,7 @@ def make_site(file: str) -> Site:
 
 def main(argv: list[str] | None = None):
     """Take part as the command line or `argv` says."""
+    check_installed("nvflare", "nvflare")
     from ..engines.nvflare.executor import SITE_FILE
 
     parser = argparse.ArgumentParser(

@@ -9,11 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..engines.nvflare.provision import SERVER, provision
+from ..engines.errors import check_installed
 
 
 def main(argv: list[str] | None = None):
     """Make the kits that the command line or `argv` asks for."""
+    check_installed("nvflare", "nvflare")
+    from ..engines.nvflare.provision import SERVER, provision
+
     parser = argparse.ArgumentParser(
         "fedbiot provision", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..config import FedBiOTConfig
+from ..engines.errors import check_installed
 from ..engines.remote import Carrier, RemoteClients
 from ..federation.runner import FederatedRunner
 from .early import check_sources
@@ -67,6 +68,7 @@ def _prepare(flags: list[str]) -> dict:
 
 def main(argv: list[str] | None = None):
     """Submit the run that the command line or `argv` asks for, show it, and end with it."""
+    check_installed("nvflare", "nvflare")
     from ..engines.nvflare.job import open_session, write_job
     from ..engines.nvflare.owner import ABORTED
 

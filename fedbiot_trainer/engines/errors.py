@@ -1,4 +1,6 @@
-"""What a site may tell the owner of a failure."""
+"""What a site may tell the owner of a failure, and what an engine lacks."""
+
+import importlib.util
 
 
 class SiteError(Exception):
@@ -7,3 +9,12 @@ class SiteError(Exception):
 
     Of any other exception the owner learns the class only; what it says stays in the site's own log.
     """
+
+
+def check_installed(library: str, extra: str):
+    """
+    Raises:
+        ImportError: If the library of an engine is not installed.
+    """
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(f"This needs {library}, which is not installed: `pip install 'fedbiot-trainer[{extra}]'`.")

@@ -1,0 +1,121 @@
+"""What `fedbiot provision`, `serve` and `join` say before anything is started."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from conftest import save_files, sums
+
+from fedbiot_trainer.cli.join import main as join
+from fedbiot_trainer.cli.join import make_site, read_settings
+from fedbiot_trainer.cli.main import main
+from fedbiot_trainer.cli.serve import main as serve
+from fedbiot_trainer.engines.errors import check_installed
+
+
+@pytest.mark.parametrize("command", ["provision", "serve", "join"])
+def test_an_engine_that_is_not_installed_is_named(command, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nvflare", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main([command])
+    assert capsys.readouterr().err.endswith(
+        f"fedbiot {command}: error: This needs nvflare, which is not installed: `pip install 'fedbiot-trainer[nvflare]'`.\n"
+    )
+
+
+def test_what_is_installed_is_not_refused():
+    check_installed("json", "json")
+
+
+@pytest.fixture
+def kit(tmp_path):
+    (tmp_path / "clinic" / "startup").mkdir(parents=True)
+    (tmp_path / "clinic" / "local").mkdir()
+    (tmp_path / "clinic" / "startup" / "sub_start.sh").touch()
+    sums(0, 4).to_json(tmp_path / "private.jsonl")
+    return tmp_path / "clinic"
+
+
+def settings_of(tmp_path, **settings):
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "site.yaml"
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "num_rounds", "trust_remote_code", "output_dir", "max_steps"])
+def test_a_site_may_not_set(tmp_path, name):
+    with pytest.raises(
+        ValueError, match=f"which sets {name}, but that is not a site's to decide. It may set accelerate_config"
+    ):
+        read_settings(settings_of(tmp_path, **{name: 1}))
+
+
+def test_a_sites_yaml(tmp_path):
+    assert read_settings(None) == read_settings(settings_of(tmp_path)) == {}
+    settings = {"use_cpu": True, "max_local_steps": 3, "accelerate_config": "ddp.yaml"}
+    assert read_settings(settings_of(tmp_path, **settings)) == settings
+
+
+needs_nvflare = pytest.mark.usefixtures("nvflare")
+
+
+@pytest.fixture
+def nvflare():
+    pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedbiot-trainer[nvflare]'")
+
+
+@needs_nvflare
+def test_a_site_says_what_it_would_do(kit, tmp_path, capsys):
+    config = settings_of(tmp_path, use_cpu=True, max_package_gb=2.5, accelerate_config="ddp.yaml")
+    join(["--kit", str(kit), "--data", str(tmp_path / "private.jsonl"), "--config", str(config), "--check_only"])
+    said = capsys.readouterr().out
+    assert f"site clinic: 12 examples of {tmp_path / 'private.jsonl'}" in said and "at most 2.5 GB" in said
+    command = json.loads((kit / "local" / "fedbiot_site.json").read_text())["command"]
+    assert command[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
+    site = make_site(command[-1])
+    assert (site.name, site.limits.max_package_gb, site.settings) == ("clinic", 2.5, {"use_cpu": True})
+    assert len(site.train_dataset) == 12
+
+
+@needs_nvflare
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        (["--kit", "nowhere"], "`kit` is 'nowhere', but that is no startup kit of a site"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_site_that_cannot_join(kit, tmp_path, flags, error):
+    with pytest.raises((FileNotFoundError, ValueError), match=error):
+        join(["--kit", str(kit), "--data", str(tmp_path / "private.jsonl"), "--check_only", *flags])
+
+
+@needs_nvflare
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        (["--kit", "nowhere"], "`kit` is 'nowhere', but that is no startup kit. Pass the administrator's"),
+        ([], "`kit` is 'None'"),
+        (
+            ["--client_datasets", "a=a.jsonl"],
+            "`client_datasets` is .*, but the clients have their text at their sites",
+        ),
+        (["--dataset_name", "a.jsonl"], "`dataset_name` is a.jsonl, but the clients have their text at their sites"),
+        (["--task", "demo"], "`task` is demo, but the clients"),
+        (["--num_adapter_layers", "0"], "`num_adapter_layers` is 0"),
+    ],
+)
+def test_a_run_that_cannot_be_served(tmp_path, tokenizer, flags, error):
+    save_files(tmp_path, tokenizer, public=sums(0, 4), test=sums(4, 6))
+    given = ["--model_name_or_path", str(tmp_path / "base"), "--public_dataset_name", str(tmp_path / "public.jsonl")]
+    given += [
+        "--eval_dataset_name",
+        str(tmp_path / "test.jsonl"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--use_cpu",
+        "true",
+    ]
+    with pytest.raises((FileNotFoundError, ValueError), match=error):
+        serve([*given, *flags])
