@@ -459,6 +459,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="Measure the emulator's drift on private text.",
     )
     parser.add_argument("--jobs", type=int, default=1, help="Cells to run at a time.")
+    parser.add_argument("--report_only", action="store_true", help="Run nothing: report the cells that are done.")
     parser.add_argument("--launcher", default=sys.executable, help="What runs the recipe.")
     args, flags = parser.parse_known_args(argv)
     if args.jobs < 1:
@@ -480,7 +481,7 @@ def main(argv: list[str] | None = None):
     args, flags = parse_args(sys.argv[1:] if argv is None else argv)
     console, cells = Console(), make_cells(args)
     try:
-        errors = run_cells(cells, args, flags, console)
+        errors = [] if args.report_only else run_cells(cells, args, flags, console)
     except ValueError as error:
         sys.exit(f"compare.py: error: {error}")
     except KeyboardInterrupt:

@@ -95,7 +95,13 @@ def kits(folder):
 
     def join(name, config="site.yaml"):
         words = ["--kit", kits[name], "--data", f"{name}.jsonl", "--config", config]
+        before = registrations(name)
         start(name, sys.executable, "-m", "fedbiot_trainer", "join", *words)
+        return lambda: registrations(name) > before
+
+    def registrations(name):
+        log = folder / f"{name}.log"
+        return log.read_text().count("Successfully registered client") if log.is_file() else 0
 
     start("owner", kits["owner"] / "startup" / "sub_start.sh", "--once")
     for name in SITES:
@@ -195,7 +201,10 @@ def test_a_site_of_two_processes_comes_to_the_same(folder, kits, whole):
     ddp = ROOT / "accelerate_configs" / "cpu" / "ddp.yaml"
     settings = {"use_cpu": True, "per_device_train_batch_size": 1, "accelerate_config": str(ddp)}
     (folder / "ddp.yaml").write_text(yaml.safe_dump(settings))
-    kits["join"]("west", "ddp.yaml")
+    is_there, deadline = kits["join"]("west", "ddp.yaml"), time.monotonic() + 120
+    while not is_there():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     served = serve(folder, kits, "--output_dir", "ddp")
     assert served.returncode == 0, served.stderr[-3000:]
     rounds = [json.loads(line) for line in (folder / "ddp" / "rounds.jsonl").read_text().splitlines()]

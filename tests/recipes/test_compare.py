@@ -203,6 +203,14 @@ def test_a_cell_that_fails_stops_no_other(run_compare, tmp_path):
     assert len(results) == 10
 
 
+def test_what_is_done_is_reported_without_a_run(run_compare, tmp_path):
+    run_compare(*SMALL, "--seeds", "0")
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "calls.txt").touch()
+    calls, results = run_compare(*SMALL, "--seeds", "0", "1", "--report_only")
+    assert calls == [] and len(results) > 0 and {result["seed"] for result in results} == {0}
+
+
 def test_other_settings_are_not_mixed_in(run_compare):
     run_compare("--methods", "fedbiot", "--num_rounds", "3")
     with pytest.raises(SystemExit, match=r"`output_dir` is .*made with other settings .*'--num_rounds', '3'"):
