@@ -360,26 +360,44 @@ def report(results: list[dict], folder: Path, console: Console):
 
 
 def plot_comparison(rows: list[dict], results: list[dict], file: Path):
-    """AdapEmu and AdapFu of each method; AdapFu against a client's FLOPs; the emulator's drift over the rounds."""
+    """
+    AdapEmu and AdapFu of each method; AdapFu against a client's FLOPs, and against AdapEmu; where it was measured, the
+    emulator's drift over the rounds.
+    """
     metric, _ = _score({name: values[0] for name, values in rows[0]["adap_fu"].items()})
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    bars, costs, drift = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
     label = metric.replace("_", " ") if metric != "loss" else "loss (nats per token)"
     rows = [row for row in rows if row["method"] not in ABLATION] or rows
     one_beta = len({row["beta"] for row in rows} - {None}) == 1
-    _bars(bars, rows, metric, label, one_beta)
     trained = [row for row in rows if row["client_flops"]]
+    drifts = any(result["drift"] for result in results)
+    figure = Figure(figsize=(13.5 + 4 * drifts, 4.4), layout="constrained")
+    bars, costs, protection, *drift = figure.subplots(1, 3 + drifts, width_ratios=[1.5, 1, 1, 1][: 3 + drifts])
+    _bars(bars, rows, metric, label, one_beta)
     for marker, row in zip("osD^vP*Xhd<>" * 3, trained, strict=False):
         average, deviation = row["adap_fu"][metric]
-        costs.errorbar(
-            row["client_flops"] / 1e12, average, deviation, marker=marker, capsize=3, label=_name(row, one_beta), ls=""
-        )
+        style = {"marker": marker, "capsize": 3, "label": _name(row, one_beta), "ls": ""}
+        [line, *_] = costs.errorbar(row["client_flops"] / 1e12, average, deviation, **style).lines
+        if "adap_emu" in row:
+            emulator, deviation_too = row["adap_emu"][metric]
+            style |= {"color": line.get_color()}
+            protection.errorbar(emulator, average, deviation, deviation_too, **style)
     costs.set(title="AdapFu against a client's work", xlabel="TFLOPs of a client", ylabel=label, xscale="log")
     costs.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     costs.xaxis.set_major_formatter("{x:g}")
     costs.xaxis.set_minor_formatter(NullFormatter())
+    both = [row for row in trained if "adap_emu" in row]
+    if both:  # where clients get as much
+        protection.axline([both[0]["adap_emu"][metric][0]] * 2, slope=1, color="gray", linewidth=0.8, linestyle="--")
+    protection.set(title="What the owner gets, and clients", xlabel=f"AdapEmu: {label}", ylabel=f"AdapFu: {label}")
     if trained:
         costs.legend(frameon=False, fontsize=7)
+    if drifts:
+        _drift(drift[0], results)
+    _save(figure, (bars, costs, protection, *drift), file)
+
+
+def _drift(axes, results: list[dict]):
+    """The emulator's distance from the full model, over the rounds."""
     for method, style in zip(DRIFT, ("-", "--"), strict=True):
         for beta in sorted({r["beta"] for r in results if r["method"] == method}):
             runs = [r["drift"] for r in results if (r["method"], r["beta"]) == (method, beta)]
@@ -391,15 +409,13 @@ def plot_comparison(rows: list[dict], results: list[dict], file: Path):
             name = "aligned in each round" if method == "fedbiot" else "aligned once"
             color = COLORS["adap_fu"] if beta == max(r["beta"] or 0 for r in results) else COLORS["adap_emu"]
             means = [mean(values) for values in by_round.values()]
-            drift.plot(
+            axes.plot(
                 list(by_round), means, style, marker="o", markersize=3, color=color, label=f"{name}, beta {beta}"
             )
-    drift.set(title="Drift on private text", xlabel="round", ylabel="KL from the full model (nats per token)")
-    drift.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if drift.lines:
-        drift.legend(frameon=False, fontsize=8)
-        drift.set_ylim(bottom=0)
-    _save(figure, (bars, costs, drift), file)
+    axes.set(title="Drift on private text", xlabel="round", ylabel="KL from the full model (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(bottom=0)
 
 
 def plot_ablation(rows: list[dict], file: Path):

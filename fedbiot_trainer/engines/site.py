@@ -1,6 +1,7 @@
 """A data owner's side of a run whose payloads an engine carries: what it answers, and what it refuses."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from ..client.trainer import ClientSFTTrainer
 from ..federation.interruption import Interruption
 from ..federation.pool import ClientTimeout, Deadline
 from ..output.progress import no_progress_bars
-from ..shared.processes import is_main_process
 from ..shared.round_trainer import DivergenceError
 from ..wire.frame import PayloadError, unpack
 from ..wire.messages import LocalWork, check_client_name
@@ -63,6 +63,7 @@ class Site:
         self.client: FederatedClient | None = None
         self._loaded: Path | None = None
         self._deadline = Deadline(Interruption())
+        self._writes = os.environ.get("RANK", "0") == "0"  # before the first training no library knows of other processes
 
     def answer(self, kind: str, payload: bytes) -> bytes:
         """
@@ -91,7 +92,7 @@ class Site:
         if package.size > most * 1e9:
             raise SiteError(f"The package has {package.size / 1e9:.1f} GB, and this site takes {most:g} GB at most.")
         self.package = package
-        if is_main_process():
+        if self._writes:
             self.store.assemble(package)
         return json.dumps(self.store.had(package)).encode()
 
@@ -100,7 +101,7 @@ class Site:
         file = next((file for file in self._known_package().files if file.name == name), None)
         if file is None:
             raise SiteError(f"A piece is of '{name:.100}', which is no file of the package.")
-        if is_main_process():
+        if self._writes:
             self.store.write(file, offset, content)
             self.store.assemble(self._known_package())
         return b""

@@ -1,5 +1,6 @@
 """Owner and sites as objects that exchange bytes: everything of a deployed run but the engine."""
 
+import hashlib
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from fedbiot_trainer import FederatedRunner
 from fedbiot_trainer.engines.remote import RemoteClients, read_had
 from fedbiot_trainer.engines.site import Site, SiteError, SiteLimits
 from fedbiot_trainer.federation.pool import Reply
+from fedbiot_trainer.wire.frame import encode
 from fedbiot_trainer.wire.shipment import PackageFile, PackageList
 
 
@@ -249,3 +251,17 @@ def test_the_form_of_remote_text_has_to_be_known(make_args, tokenizer):
     args = make_args(alignment_steps=0, initial_alignment_steps=0)
     with pytest.raises(ValueError, match="nothing tells the form of their text"):
         FederatedRunner(tiny_model(), args, processing_class=tokenizer, remote_clients=lambda package: None)
+
+
+def test_one_process_of_a_site_writes_the_package(make_sites, monkeypatch):
+    """Before the first training, when no library has been told of the others."""
+    sites = make_sites()
+    monkeypatch.setenv("RANK", "1")
+    others = make_sites()
+    assert [site._writes for site in (*sites, *others)] == [True] * 3 + [False] * 3
+    package = PackageList((PackageFile("config.json", 2, hashlib.sha256(b"{}").hexdigest()),))
+    piece = encode({"file": "config.json", "offset": 0}, b"{}")
+    for site in (sites[0], others[0]):  # of one folder
+        site.answer("hello", package.to_bytes())
+        assert site.answer("package", piece) == b""
+    assert (sites[0].store.path(package) / "config.json").read_bytes() == b"{}"
