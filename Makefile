@@ -1,4 +1,4 @@
-.PHONY: install demo test test-fast test-slow test-oldest test-newest test-lm-eval architectures settings quality style clean
+.PHONY: install demo test test-fast test-slow test-oldest test-newest test-lm-eval test-deployment architectures settings quality style clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -51,6 +51,13 @@ test-lm-eval:
 	$(VENV)-lm-eval/bin/python -c "import lm_eval"  # without it the tests would be skipped
 	$(VENV)-lm-eval/bin/python -m pytest tests/recipes/test_lm_eval.py
 
+# Owner and sites as real processes of this machine, in an environment with NVFlare: docs/deploying.md
+test-deployment:
+	test -x $(VENV)-nvflare/bin/python || $(PYTHON) -m venv $(VENV)-nvflare
+	$(VENV)-nvflare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-nvflare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[nvflare,test]"
+	$(VENV)-nvflare/bin/python -m pytest tests/engines tests/cli/test_deployment_commands.py
+
 # docs/architectures.md
 architectures: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/architectures.py
@@ -69,4 +76,4 @@ style: install
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lm-eval outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lm-eval $(VENV)-nvflare outputs build *.egg-info

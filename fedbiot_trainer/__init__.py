@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .shared.round_trainer import DivergenceError
     from .wire.messages import ClientUpdate, PayloadError, RoundStart
     from .wire.package import EmulatorPackage
+    from .wire.plan import TrainingPlan
 
 _WHERE = {
     "METHODS": "config.methods",
@@ -41,6 +42,7 @@ _WHERE = {
     "FederatedServer": "server.server",
     "PayloadError": "wire.messages",
     "RoundStart": "wire.messages",
+    "TrainingPlan": "wire.plan",
     "partition_dataset": "data.partition",
     "run_method": "federation.methods",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "FederatedServer",
     "PayloadError",
     "RoundStart",
+    "TrainingPlan",
     "partition_dataset",
     "run_method",
 ]
