@@ -114,7 +114,7 @@ def check_sources(args: Any, are_remote: bool = False):
         ValueError: If they are not enough, too many, or not together.
     """
     if are_remote:
-        for name in ("task", "dataset_name", "client_datasets"):
+        for name in ("task", "dataset_name", "client_datasets", "max_train_samples"):
             if getattr(args, name) is not None:
                 raise ValueError(
                     f"`{name}` is {getattr(args, name)}, but the clients have their text at their sites. Leave it out."

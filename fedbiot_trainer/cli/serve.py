@@ -38,6 +38,11 @@ class OwnerScriptArguments(FederatedScriptArguments):
 
     def __post_init__(self):
         check_sources(self, are_remote=True)
+        if self.method != "fedbiot" or self.plan_only:
+            raise ValueError(
+                f"`method` is '{self.method}' and `plan_only` is {self.plan_only}, but what is served is a run of FedBiOT as it is "
+                "set. Compare methods, or plan, with `fedbiot train`."
+            )
 
 
 def run(carrier: Carrier, argument: str):

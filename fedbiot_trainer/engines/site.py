@@ -63,7 +63,9 @@ class Site:
         self.client: FederatedClient | None = None
         self._loaded: Path | None = None
         self._deadline = Deadline(Interruption())
-        self._writes = os.environ.get("RANK", "0") == "0"  # before the first training no library knows of other processes
+        self._writes = (
+            os.environ.get("RANK", "0") == "0"
+        )  # before the first training no library knows of other processes
 
     def answer(self, kind: str, payload: bytes) -> bytes:
         """

@@ -103,6 +103,9 @@ def test_a_site_that_cannot_join(kit, tmp_path, flags, error):
         ),
         (["--dataset_name", "a.jsonl"], "`dataset_name` is a.jsonl, but the clients have their text at their sites"),
         (["--task", "demo"], "`task` is demo, but the clients"),
+        (["--max_train_samples", "3"], "`max_train_samples` is 3, but the clients have their text"),
+        (["--method", "fedot"], "`method` is 'fedot' and `plan_only` is False, but what is served"),
+        (["--plan_only", "true"], "`plan_only` is True, but what is served is a run of FedBiOT"),
         (["--num_adapter_layers", "0"], "`num_adapter_layers` is 0"),
     ],
 )
