@@ -276,8 +276,8 @@ class FederatedRunner:
         server, parameters = self.server, self.server.models.count_parameters()
         self.trainer.package_lora = server.client_lora
         with no_progress_bars():
+            TrainingPlan.of(self.args).save(self.folder.package)
             bytes_once = server.package().save(self.folder.package, server.processing_class)
-            bytes_once += TrainingPlan.of(self.args).save(self.folder.package)
         if self.args.process_index == 0:
             server.save_tokenizer(self.folder.client_lora)
             split, asked = server.models.split.record(), self.args.num_sampled(len(self.pool.names()))

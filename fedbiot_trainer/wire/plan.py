@@ -60,12 +60,12 @@ class TrainingPlan:
         return cls(args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                    {name: values[name] for name in PLANNED}, args.ranks)  # fmt: skip
 
-    def save(self, folder: str | Path) -> int:
-        """Write it into an emulator package. The main process does. Returns the bytes written."""
-        if not is_main_process():
-            return 0
-        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        return Path(folder, FILE).write_text(json.dumps(content, indent=2) + "\n")
+    def save(self, folder: str | Path):
+        """Write it into the folder of an emulator package. The main process does."""
+        if is_main_process():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+            Path(folder, FILE).write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainingPlan":

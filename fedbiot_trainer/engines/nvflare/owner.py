@@ -4,6 +4,7 @@ import base64
 import queue
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
@@ -28,86 +29,6 @@ ABORTED = "NVFlare ends the job."
 
 class JobAborted(Exception):
     """NVFlare ends the job, because someone has aborted it or it has lost a process of its own at a site."""
-
-
-class OwnerController(Controller):
-    """
-    Runs `function(carrier, argument)` in the server's process of a job, with itself as the carrier.
-
-    Args:
-        function (`str`): `package.module:function`, on the owner's machine.
-        argument (`str`, *optional*): Handed to it, here in base 64.
-    """
-
-    def __init__(self, function: str, argument: str = ""):
-        super().__init__()
-        self.function = function
-        self.argument = base64.b64decode(argument).decode()
-        self._abort_signal = Signal()
-        self._fl_ctx: FLContext | None = None
-
-    def start_controller(self, fl_ctx: FLContext):
-        pass
-
-    def stop_controller(self, fl_ctx: FLContext):
-        pass
-
-    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext):
-        self._abort_signal, self._fl_ctx = abort_signal, fl_ctx
-        load(self.function)(self, self.argument)
-
-    def process_result_of_unknown_task(
-        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
-    ):
-        """An answer that came after its time was up is dropped."""
-
-    def sites(self) -> list[str]:
-        """Names, as their certificates say, of the sites that take part in the job and are connected."""
-        names = [client.name for client in self._engine.get_clients()]
-        return [name for name in names if self.get_client_disconnect_time(name) is None]
-
-    def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
-        """
-        Ask sites, all at the same time.
-
-        Args:
-            kind (`str`): What is asked.
-            payloads (`dict[str, bytes]`): For each site. A payload is taken from it when it is sent, in another thread.
-            timeout (`float`, *optional*): Seconds that a site has.
-
-        Yields:
-            [`Reply`]: One for each site, in the order in which they come. A site that fails, is late or has gone has an
-            error in its reply.
-
-        Raises:
-            JobAborted: If NVFlare ends the job.
-        """
-        asking = _Asking(kind, payloads, timeout)
-        waiting = {site: asking.task(site) for site in payloads}
-        for site, task in waiting.items():
-            self.send(task, self._fl_ctx, targets=[site])
-        try:
-            while waiting:
-                if self._abort_signal.triggered:
-                    raise JobAborted(ABORTED)
-                reply = asking.next_reply(POLL_SECONDS)
-                if reply is not None:
-                    if waiting.pop(reply.client, None) is not None:
-                        yield reply
-                    continue
-                for site, error in self._given_up(waiting, asking).items():
-                    self.cancel_task(waiting.pop(site))
-                    yield asking.reply(site, error=error)
-        finally:
-            for task in waiting.values():
-                self.cancel_task(task)
-
-    def _given_up(self, waiting: Mapping[str, Task], asking: "_Asking") -> dict[str, str]:
-        """Sites of which no answer is expected any more, and why."""
-        if asking.remaining() == 0:
-            return dict.fromkeys(waiting, f"TimeoutError: it took longer than {asking.timeout:g} s")
-        connected = self.sites()
-        return {site: "ConnectionError: it is not connected" for site in waiting if site not in connected}
 
 
 class _Asking:
@@ -173,3 +94,83 @@ class _Asking:
             return self.reply(site, b"".join(views(result.get("answer"))))
         except TypeError:
             return self.reply(site, error="its answer has neither a payload nor an error")
+
+
+class OwnerController(Controller):
+    """
+    Runs `function(carrier, argument)` in the server's process of a job, with itself as the carrier.
+
+    Args:
+        function (`str`): `package.module:function`, on the owner's machine.
+        argument (`str`, *optional*): Handed to it, here in base 64.
+    """
+
+    def __init__(self, function: str, argument: str = ""):
+        super().__init__()
+        self.function = function
+        self.argument = base64.b64decode(argument).decode()
+        self._abort_signal = Signal()
+        self._fl_ctx: Any = None  # NVFlare's context, from when the job begins
+
+    def start_controller(self, fl_ctx: FLContext):
+        pass
+
+    def stop_controller(self, fl_ctx: FLContext):
+        pass
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext):
+        self._abort_signal, self._fl_ctx = abort_signal, fl_ctx
+        load(self.function)(self, self.argument)
+
+    def process_result_of_unknown_task(
+        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ):
+        """An answer that came after its time was up is dropped."""
+
+    def sites(self) -> list[str]:
+        """Names, as their certificates say, of the sites that take part in the job and are connected."""
+        names = [client.name for client in self._fl_ctx.get_engine().get_clients()]
+        return [name for name in names if self.get_client_disconnect_time(name) is None]
+
+    def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
+        """
+        Ask sites, all at the same time.
+
+        Args:
+            kind (`str`): What is asked.
+            payloads (`dict[str, bytes]`): For each site. A payload is taken from it when it is sent, in another thread.
+            timeout (`float`, *optional*): Seconds that a site has.
+
+        Yields:
+            [`Reply`]: One for each site, in the order in which they come. A site that fails, is late or has gone has an
+            error in its reply.
+
+        Raises:
+            JobAborted: If NVFlare ends the job.
+        """
+        asking = _Asking(kind, payloads, timeout)
+        waiting = {site: asking.task(site) for site in payloads}
+        for site, task in waiting.items():
+            self.send(task, self._fl_ctx, targets=[site])
+        try:
+            while waiting:
+                if self._abort_signal.triggered:
+                    raise JobAborted(ABORTED)
+                reply = asking.next_reply(POLL_SECONDS)
+                if reply is not None:
+                    if waiting.pop(reply.client, None) is not None:
+                        yield reply
+                    continue
+                for site, error in self._given_up(waiting, asking).items():
+                    self.cancel_task(waiting.pop(site))
+                    yield asking.reply(site, error=error)
+        finally:
+            for task in waiting.values():
+                self.cancel_task(task)
+
+    def _given_up(self, waiting: Mapping[str, Task], asking: _Asking) -> dict[str, str]:
+        """Sites of which no answer is expected any more, and why."""
+        if asking.remaining() == 0:
+            return dict.fromkeys(waiting, f"TimeoutError: it took longer than {asking.timeout:g} s")
+        connected = self.sites()
+        return {site: "ConnectionError: it is not connected" for site in waiting if site not in connected}
