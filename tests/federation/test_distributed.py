@@ -72,7 +72,7 @@ def test_two_processes_compute_the_same_start(files, tmp_path):
     assert_same_run(run_two(files, tmp_path, "ddp", **settings), one, exact)
 
 
-@pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"),
+@pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), pytest.param("zero2", "DEEPSPEED", marks=pytest.mark.slow), ("zero3", "DEEPSPEED"),
                                           pytest.param("zero3_init", "DEEPSPEED", marks=pytest.mark.slow), ("fsdp2", "FSDP")])  # fmt: skip
 def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config, kind):
     if kind == "DEEPSPEED":
@@ -101,7 +101,7 @@ def test_two_processes_with_an_online_teacher(files, tmp_path, one_process):
     assert_same_run(run_two(files, tmp_path, "ddp", teacher="online"), *one_process)
 
 
-@pytest.mark.parametrize("method, config", [("fedot", "ddp"), *(pytest.param(*run, marks=pytest.mark.slow) for run in [("local_only", "ddp"), ("full_lora", "zero3")])])  # fmt: skip
+@pytest.mark.parametrize("method, config", [pytest.param(*run, marks=pytest.mark.slow) for run in [("fedot", "ddp"), ("local_only", "ddp"), ("full_lora", "zero3")]])  # fmt: skip
 def test_methods_give_in_two_processes_what_they_give_in_one(files, tmp_path, method, config):
     if config != "ddp":
         pytest.importorskip("deepspeed")

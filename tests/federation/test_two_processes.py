@@ -19,6 +19,7 @@ def files(tmp_path_factory, tokenizer):
     return save_run_files(tmp_path_factory.mktemp("files"), tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pass_at_k")
 def test_metrics_of_two_processes_are_those_of_one(files, tmp_path):
     """The texts of both, in the order of the data, compared by one. 5 batches: one process runs the last for nothing."""

@@ -269,6 +269,16 @@ def test_expression_accuracy_of_nothing(given, error):
         metric.compute(predictions=given, references=given)
 
 
+def test_results_that_are_checked_in():
+    rows = json.loads((FOLDER / "results.json").read_text())
+    runs = [(row["task"], row["method"], row["beta"], row["seed"]) for row in rows]
+    assert len(set(runs)) == len(rows) > 5 and {task for task, *_ in runs} <= {f"smollm2-{task}" for task in TASKS}
+    for row in rows:
+        for who in ("zero_shot", "adap_emu", "adap_fu"):
+            assert row[who] is None or row[who].keys() == {"loss", "metric"}
+        assert row["zero_shot"]["loss"] > 0
+
+
 def make_model(*flags, **environment):
     command = [sys.executable, str(FOLDER / "make_model.py"), *map(str, flags)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
