@@ -388,6 +388,9 @@ def plot_comparison(rows: list[dict], results: list[dict], file: Path):
     both = [row for row in trained if "adap_emu" in row]
     if both:  # where clients get as much
         protection.axline([both[0]["adap_emu"][metric][0]] * 2, slope=1, color="gray", linewidth=0.8, linestyle="--")
+        if metric != "loss":
+            most = 1.15 * max(row[who][metric][0] for row in both for who in ("adap_emu", "adap_fu"))
+            protection.set(xlim=(0, most or 1), ylim=(0, most or 1))
     protection.set(title="What the owner gets, and clients", xlabel=f"AdapEmu: {label}", ylabel=f"AdapFu: {label}")
     if trained:
         costs.legend(frameon=False, fontsize=7)
