@@ -3,6 +3,8 @@ The owner's side of a run whose clients are at sites of their own. The settings 
 clients' text; the run itself goes on in the server that the owner's kit has started on this machine.
 
     fedbiot serve --kit kits/owner@fedbiot.org --min_sites 3 --config run.yaml
+
+--kit KIT is the administrator's startup kit. A round waits for --min_sites N (default: 1) at most --patience X seconds (600).
 """
 
 import argparse

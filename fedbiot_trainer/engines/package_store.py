@@ -28,10 +28,12 @@ class PackageStore:
         had = {}
         for file in package.files:
             whole, part = self._paths(file)
+            if part.is_file() and part.stat().st_size >= file.size:  # the site ended before it was looked at
+                self._settle(file)
             if whole.is_file():
                 had[file.name] = file.size
             elif part.is_file():
-                had[file.name] = min(part.stat().st_size, file.size)
+                had[file.name] = part.stat().st_size
         return had
 
     def write(self, file: PackageFile, offset: int, content: memoryview):
@@ -42,7 +44,7 @@ class PackageStore:
             PayloadError: If it does not follow what is here, or the whole file has another digest; it then begins anew.
             OSError: If the disk is full.
         """
-        whole, part = self._paths(file)
+        part = self._paths(file)[1]
         here = part.stat().st_size if part.is_file() else 0
         if offset != here or offset + len(content) > file.size:
             raise PayloadError(
@@ -55,12 +57,20 @@ class PackageStore:
             os.fsync(out.fileno())
         if offset + len(content) < file.size:
             return
+        digest = self._settle(file)
+        if digest != file.sha256:
+            raise PayloadError(f"'{file.name}' has arrived with the digest {shown(digest)}, expected {file.sha256}.")
+
+    def _settle(self, file: PackageFile) -> str:
+        """Put a file that has all its bytes in its place, or away if its digest is another. Returns the digest."""
+        whole, part = self._paths(file)
         with part.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        if digest != file.sha256:
+        if digest == file.sha256:
+            part.rename(whole)
+        else:
             part.unlink()
-            raise PayloadError(f"'{file.name}' has arrived with the digest {shown(digest)}, expected {file.sha256}.")
-        part.rename(whole)
+        return digest
 
     def path(self, package: PackageList) -> Path:
         """The folder of a package, which is there once it is assembled."""

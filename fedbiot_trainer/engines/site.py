@@ -94,9 +94,11 @@ class Site:
         if package.size > most * 1e9:
             raise SiteError(f"The package has {package.size / 1e9:.1f} GB, and this site takes {most:g} GB at most.")
         self.package = package
-        if self._writes:
-            self.store.assemble(package)
-        return json.dumps(self.store.had(package)).encode()
+        if not self._writes:
+            return b""
+        had = self.store.had(package)
+        self.store.assemble(package)
+        return json.dumps(had).encode()
 
     def _take_piece(self, payload):
         name, offset, content = read_piece(payload)

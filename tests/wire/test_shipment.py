@@ -93,6 +93,17 @@ def test_a_piece_that_does_not_follow(package, store, offset, size):
         store.write(file, offset, memoryview(b"a" * size))
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_that_was_written_and_not_looked_at(package, store, damaged):
+    """The site ended, or its disk was full, between the last byte of a file and its place."""
+    listed = PackageList.of(package)
+    file = next(file for file in listed.files if file.name == "config.json")
+    (store.files / f"{file.sha256}.part").write_bytes(b"[]" if damaged else b"{}")
+    assert store.had(listed) == ({} if damaged else {"config.json": 2})
+    deliver(store, listed, package)
+    assert (store.path(listed) / "config.json").read_bytes() == b"{}"
+
+
 def test_a_full_disk_loses_nothing_that_was_here(package, store, monkeypatch):
     listed = PackageList.of(package)
     deliver(store, listed, package, limit=4)
