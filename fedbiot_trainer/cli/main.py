@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None):
         except Exception as error:
             end_with_error(command, error)
         return
-    lines = "".join(f"  {name:<10}{text}\n" for name, text in COMMANDS.items())
+    lines = "".join(f"  {name:<11}{text}\n" for name, text in COMMANDS.items())
     text = f"usage: fedbiot COMMAND ...\n\n{lines}\n`fedbiot COMMAND --help` lists its flags.\n"
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(text)
