@@ -92,10 +92,10 @@ class SplitModel:
         self._offloaded = offload
         layers = self.adap_fu.get_base_model().get_submodule(self.split.layers_name)
         dropped = [layers[i] for i in self.split.dropped]
+        # Shared `Parameter` objects are moved in place, so the full model sees it. Its buffers are its own.
+        self.adap_emu.to(device)
         if offload:
             inside = {id(module) for layer in dropped for module in layer.modules()}
-            # Shared `Parameter` objects are moved in place, so `full` sees it. Buffers are not shared.
-            self.adap_emu.to(device)
             for module in self.adap_fu.modules():
                 if id(module) not in inside:
                     for name, buffer in list(module.named_buffers(recurse=False)):

@@ -17,6 +17,8 @@ RUNS = {
     "offloaded": {"offload_full_model": True, "packing": True, "max_length": 32},
     "online": {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1, CHECKPOINTING: True},
     "autocast": {"bf16": True},
+    "not aligned": {"initial_alignment_steps": 0, "alignment_steps": 0},
+    "computed start": {"alignment_init": "closed_form", "alignment_kl_weight": 0.0},
 }
 
 
