@@ -15,6 +15,10 @@ What is written for each task, in prompt-completion form:
                                       many instructions of each language
     <task>/far.jsonl                  public: general instructions, and code where that is not the task
     <task>/near.jsonl                 public: half of it that, half of it text of another source in the clients' form
+    <task>/template.jsonl             public: half of it that, half of it more of that in the clients' form
+    <task>/domain.jsonl               public: half of it that, half of it the other source's text as instructions
+
+The last two have one half of what makes text near each; `code` lacks them, for its far text has the clients' form.
 
 No text is on two sides: public texts that share a line or 13 words in a row with private ones are left out,
 and so are training examples that have a prompt or a whole answer in common with the held-out ones.
@@ -40,6 +44,7 @@ code = runpy.run_path(str(HERE.parent / "code" / "prepare.py"))
 Example = dict[str, str]
 Read = Callable[[str], list[dict]]
 MAX_PASSAGE = 900  # characters of a context or a medical answer, about 200 tokens
+MAX_ANSWER = 420  # of an answer that serves as a passage
 MAX_PUBLIC = 700  # of a public text: the alignment reads 256 tokens
 SHARED_WORDS = 13  # in a row: who has that many of another text has it from there
 LABEL = re.compile("^(Question|Instruction|Input): ")
@@ -63,6 +68,17 @@ def instruct(row: dict) -> Example:
     return code["format_example"](row["instruction"], row["output"], row["input"])
 
 
+def whole_question(row: dict) -> str:
+    """An instruction and its input, where it has one."""
+    return "\n".join(filter(None, (row["instruction"], row["input"])))
+
+
+def as_instruction(example: Example) -> Example:
+    """A question as an instruction. The response is the passage, where there is one, or else the answer."""
+    passage, _, question = example["prompt"].removesuffix("\nAnswer:").rpartition("Question: ")
+    return instruct({"instruction": question, "input": "", "output": passage.strip() or example["completion"].strip()})
+
+
 def short_name(institute: str) -> str:
     """Of the folder in which the set has an institute: NHLBI_QA_XML is NHLBI."""
     return re.sub(r"_QA(_XML)?$|_", "", institute)
@@ -70,6 +86,11 @@ def short_name(institute: str) -> str:
 
 def first_sentence(text: str) -> str:
     return text.split(". ")[0][:100]
+
+
+def about_answer(question: str, answer: str) -> Example:
+    """Reading comprehension made of a question and a long answer: its start answers the question."""
+    return read_and_ask(answer[:MAX_ANSWER], question, first_sentence(answer))
 
 
 def only_step(question: str, answer: str) -> str | None:
@@ -107,8 +128,7 @@ def xquad(read: Read, rng: random.Random) -> tuple[dict[str, list[Example]], lis
         read_and_ask(row["context"], row["question"], row["answer"], article=str(row["article"])) for row in rows
     ]
     train, heldout = apart(examples, "article", rng, share=0.2, limit=120)
-    passages = [(row["answer"][:420], row["question"], first_sentence(row["answer"])) for row in read("medquad")]
-    return {"": train}, heldout, [read_and_ask(*passage) for passage in passages]
+    return {"": train}, heldout, [about_answer(row["question"], row["answer"]) for row in read("medquad")]
 
 
 def medquad(read: Read, rng: random.Random) -> tuple[dict[str, list[Example]], list[Example], list[Example]]:
@@ -131,6 +151,8 @@ def by_language(read: Read, rng: random.Random) -> tuple[dict[str, list[Example]
 
 
 TASKS = {"svamp": svamp, "xquad": xquad, "medquad": medquad, "gsm8k": gsm8k, "code": by_language}
+# The clients' form of a general question and its answer. `code` has none: general instructions are in its form.
+FORMS = {"svamp": ask, "xquad": about_answer, "medquad": ask, "gsm8k": ask}
 
 
 def apart(
@@ -182,10 +204,33 @@ def without_private(examples: list[Example], private: list[Example]) -> list[Exa
     return [example for example in public if not any(part in whole(example) for part in found)]
 
 
-def mix(far: list[Example], near: list[Example], rng: random.Random) -> list[Example]:
+def in_turn(far: list[Example], other: list[Example]) -> list[Example]:
     """As many of each as there are of the fewer, one of each in turn."""
+    return list(chain.from_iterable(zip(far, other, strict=False)))
+
+
+def mix(far: list[Example], near: list[Example], rng: random.Random) -> list[Example]:
+    """As many of each as there are of the fewer, drawn at random."""
     count = min(len(far), len(near))
-    return list(chain.from_iterable(zip(rng.sample(far, count), rng.sample(near, count), strict=True)))
+    return in_turn(rng.sample(far, count), rng.sample(near, count))
+
+
+def one_property(
+    near: list[Example], rows: list[dict], form: Callable[[str, str], Example], private: list[Example]
+) -> dict[str, list[Example]]:
+    """
+    What has the clients' form alone and what has the other source's text alone, with the general text that `near` has,
+    in its order, and with the same text of the other source. No general text is in a set in both forms.
+    """
+    far, other = near[::2], near[1::2]
+    row_of = {whole(instruct(row)): row for row in rows}
+    half = len(far) // 2
+    second = [row_of[whole(example)] for example in far[half:]]
+    template = [form(whole_question(row), row["output"]) for row in second]
+    return {
+        "template": in_turn(far[:half], without_private(template, private)),
+        "domain": in_turn(far, without_private([as_instruction(example) for example in other], private)),
+    }
 
 
 def make(task: str, read: Read, seed: int) -> dict[str, list[Example]]:
@@ -197,12 +242,13 @@ def make(task: str, read: Read, seed: int) -> dict[str, list[Example]]:
     for name, examples in sorted(clients.items()):
         files[f"clients/{name}" if name else "train"] = own = without_known(examples, known)
         known += own
-    general = [instruct(row) for row in read("instructions")]
-    if task != "code":
-        general += [instruct(row) for row in read("codealpaca")]
+    rows = read("instructions") + (read("codealpaca") if task != "code" else [])
+    general = [instruct(row) for row in rows]
     rng.shuffle(general)
     files["far"] = without_private(general, known)
     files["near"] = mix(files["far"], without_private(near, known), rng)
+    if task in FORMS:
+        files |= one_property(files["near"], rows, FORMS[task], known)
     return files
 
 

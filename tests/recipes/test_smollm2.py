@@ -20,6 +20,7 @@ DATA = Path(os.environ.get("FEDBIOT_DATA", ""))
 SETS = ("word_problems_train", "svamp_test", "gsm8k_train", "gsm8k_test", "xquad_en", "medquad", "codealpaca",
         "instructions")  # fmt: skip
 TASKS = ["svamp", "xquad", "medquad", "gsm8k", "code"]
+PUBLIC = ["far", "near", "template", "domain"]
 PREPARED = ["svamp", *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS[1:])]
 real_data = pytest.mark.skipif(
     not all((DATA / f"{name}.jsonl").exists() for name in SETS),
@@ -46,7 +47,8 @@ def made(prepare):
 def sides(files):
     """Training, held-out and public examples of a task."""
     train = [example for name in files if name == "train" or name.startswith("clients/") for example in files[name]]
-    return train, files["eval"], files["near"] + files["far"]
+    public = [example for name in PUBLIC for example in files.get(name, [])]
+    return train, files["eval"], public
 
 
 @real_data
@@ -59,7 +61,10 @@ def test_files_of_a_task(made, task):
     names = [item.partition("=")[2] for item in paths.get("client_datasets", [])] or [paths["dataset_name"]]
     names += [paths["eval_dataset_name"], paths["public_dataset_name"]]
     written = {f"outputs/smollm2/{task}/{name}.jsonl" for name in made(task)}
-    assert written - set(names) == {f"outputs/smollm2/{task}/far.jsonl"} and set(names) <= written
+    others = [name for name in PUBLIC if name != "near" and name in made(task)]
+    assert (
+        written - set(names) == {f"outputs/smollm2/{task}/{name}.jsonl" for name in others} and set(names) <= written
+    )
 
 
 @real_data
@@ -95,6 +100,49 @@ def test_near_text_has_the_clients_form(made, task):
     start, end = ("Instruction: ", "\nResponse:") if task == "code" else ("Question: ", "\nAnswer:")
     own = made(task)["eval"] + near[1::2]
     assert all(start in e["prompt"] and e["prompt"].endswith(end) for e in own)
+
+
+@real_data
+@pytest.mark.parametrize("task", PREPARED)
+def test_public_text_with_one_property(made, task):
+    """Form or source: the general half is that of near text, and so is the other source's text."""
+    files = made(task)
+    if task == "code":
+        assert set(PUBLIC) & set(files) == {"far", "near"}
+        return
+    far, other = files["near"][::2], files["near"][1::2]
+    half = len(files["template"]) // 2
+    assert half > len(other) * 0.45 and files["template"][::2] == far[:half]
+    assert all(e["prompt"].endswith("\nAnswer:") and "Question: " in e["prompt"] for e in files["template"][1::2])
+    assert (
+        len(files["domain"]) > len(files["near"]) * 0.95 and files["domain"][::2] == far[: len(files["domain"]) // 2]
+    )
+    assert all(e["prompt"].startswith("Instruction: ") for e in files["domain"])
+    known = {e["prompt"].rpartition("Question: ")[2].removesuffix("\nAnswer:") for e in other}
+    assert {e["prompt"][len("Instruction: ") : -len("\nResponse:")] for e in files["domain"][1::2]} <= known
+
+
+def test_one_property(prepare):
+    """The second half of the general text changes its form, and all of the other source's."""
+    rows = [{"instruction": f"Do {i}.", "input": "x" * (i % 2), "output": f"Done {i}. Yes."} for i in range(4)]
+    private = [prepare["ask"]("What is private?", "1")]
+    near = prepare["in_turn"](
+        list(map(prepare["instruct"], rows)), [prepare["ask"](f"q{i}", f"a{i}") for i in range(4)]
+    )
+    sets = prepare["one_property"](near, rows, prepare["ask"], private)
+    assert sets["template"] == [near[0], prepare["ask"]("Do 2.", "Done 2. Yes."), near[2], prepare["ask"]("Do 3.\nx", "Done 3. Yes.")]  # fmt: skip
+    assert sets["domain"][::2] == near[::2]
+    assert sets["domain"][1] == {"prompt": "Instruction: q0\nResponse:", "completion": " a0"}
+    known = prepare["one_property"](near, rows, prepare["ask"], [*private, prepare["ask"]("Do 2.", "Done 2. Yes.")])
+    assert [e["prompt"] for e in known["template"]] == [near[0]["prompt"], "Question: Do 3.\nx\nAnswer:"]
+
+
+def test_a_passage_is_the_response_of_an_instruction(prepare):
+    answer = "It is a disease. " * 40
+    example = prepare["about_answer"]("What is it?", answer)
+    assert example == prepare["read_and_ask"](answer[:420], "What is it?", "It is a disease")
+    row = {"instruction": "What is it?", "input": "", "output": answer[:420].strip()}
+    assert prepare["as_instruction"](example) == prepare["instruct"](row)
 
 
 @real_data
