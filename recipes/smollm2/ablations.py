@@ -1,0 +1,187 @@
+"""
+What each setting is worth on a task of this recipe: FedBiOT with one factor changed at a time, over several seeds.
+
+    python recipes/smollm2/ablations.py --task svamp --output_dir outputs/ablations-svamp
+
+Each arm is a comparison of one method, `recipes/compare.py --methods fedbiot`, in a folder of its own in `output_dir`:
+what is done stays, and the same command goes on where it was. All other flags go to compare.py and on to the runs.
+
+Leaves `ablations.json` (one object for each arm and seed), `ablations.md` and `ablations.png`. A difference is that of
+runs with the same seed: it has the same clients, batches and order of public text on both sides.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+import yaml
+from matplotlib.figure import Figure
+
+
+RECIPES = Path(__file__).parents[1]
+BASE = "base"
+SCALES = ("0.25", "0.5", "0.75", "1", "1.25", "1.5")
+
+
+def arms(task: str) -> dict[str, list[str]]:
+    """The flags of each arm, beside those of the recipe's YAML."""
+    settings = yaml.safe_load((RECIPES / "smollm2" / f"{task}.yaml").read_text())
+    steps, rounds = settings["local_steps"], settings["num_rounds"]
+    one = {
+        "public text: far": ("public_dataset_name", f"outputs/smollm2/{task}/far.jsonl"),
+        "public text: template alone": ("public_dataset_name", f"outputs/smollm2/{task}/template.jsonl"),
+        "public text: domain alone": ("public_dataset_name", f"outputs/smollm2/{task}/domain.jsonl"),
+        "public text: generated": ("public_dataset_name", f"outputs/smollm2/{task}/generated.jsonl"),
+        "start from zero": ("alignment_init", "zero"),
+        "computed start alone": ("initial_alignment_steps", 0),
+        "500 steps after it": ("initial_alignment_steps", 500),
+        "no alignment in rounds": ("alignment_steps", 0),
+        "20 steps in each round": ("alignment_steps", 20),
+        "alignment learning rate 2e-4": ("alignment_learning_rate", 2e-4),
+        "alignment learning rate 2e-3": ("alignment_learning_rate", 2e-3),
+        "KL weight 0.9": ("alignment_kl_weight", 0.9),
+        "emulator LoRA of rank 8": ("emulator_lora_r", 8),
+        "emulator LoRA of rank 128": ("emulator_lora_r", 128),
+        "no proximal term": ("proximal_weight", 0),
+        "proximal weight 0.01": ("proximal_weight", 0.01),
+        "learning rate 2e-4": ("learning_rate", 2e-4),
+        "learning rate 1e-3": ("learning_rate", 1e-3),
+        "learning rate 2e-3": ("learning_rate", 2e-3),
+        "twice the rounds": ("num_rounds", 2 * rounds),
+        "4 adapter layers": ("num_adapter_layers", 4),
+        "6 adapter layers": ("num_adapter_layers", 6),
+    }
+    return {
+        BASE: [],
+        **{name: [f"--{flag}", str(value)] for name, (flag, value) in one.items()},
+        "start from zero, 500 steps": ["--alignment_init", "zero", "--initial_alignment_steps", "500"],
+        "half the local steps, twice the rounds": ["--local_steps", f"{steps // 2}", "--num_rounds", f"{2 * rounds}"],
+        "twice the local steps, half the rounds": ["--local_steps", f"{2 * steps}", "--num_rounds", f"{rounds // 2}"],
+        "client LoRA of rank 32": ["--lora_r", "32", "--lora_alpha", "64"],
+        "best plug-in scale": ["--plug_in_scales", *SCALES],
+    }
+
+
+def folder_of(name: str) -> str:
+    """Of an arm, in `output_dir`."""
+    return "".join(char if char.isalnum() or char in ".-" else "_" for char in name)
+
+
+def score(values: dict[str, float]) -> dict[str, float | None]:
+    """Loss and the task's own metric."""
+    own = (value for name, value in values.items() if name not in ("loss", "token_accuracy"))
+    return {"loss": values["loss"], "metric": next(own, None)}
+
+
+def run(name: str, args: argparse.Namespace, flags: list[str]) -> list[dict]:
+    """The arm's results, one for each seed."""
+    folder = args.output_dir / folder_of(name)
+    command = [sys.executable, RECIPES / "compare.py", "--task", f"smollm2-{args.task}", "--methods", "fedbiot"]
+    command += ["--betas", args.beta, "--seeds", *args.seeds, "--no-drift", "--output_dir", folder]
+    result = subprocess.run([*map(str, command), *flags, *arms(args.task)[name]])
+    if result.returncode != 0:
+        sys.exit(f"The arm '{name}' ended with {result.returncode}: the same command goes on from here.")
+    rows = json.loads((folder / "results.json").read_text())
+    return [
+        {
+            "arm": name,
+            "seed": row["seed"],
+            **{who: score(row[who]) for who in ("zero_shot", "adap_emu", "adap_fu")},
+            "seconds": row["seconds"],
+        }
+        for row in rows
+    ]
+
+
+def spread(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation (0 for a single value)."""
+    values = list(values)
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def differences(rows: list[dict], who: str, key: str) -> dict[str, tuple[float, float]]:
+    """Of each arm from the base at the same seed: mean and standard deviation."""
+    base = {row["seed"]: row[who][key] for row in rows if row["arm"] == BASE}
+    names = dict.fromkeys(row["arm"] for row in rows)
+    return {name: spread(row[who][key] - base[row["seed"]] for row in rows if row["arm"] == name) for name in names}
+
+
+def table(rows: list[dict]) -> str:
+    """All arms in Markdown."""
+    has_metric = rows[0]["adap_fu"]["metric"] is not None
+    header = ["one change", "seeds", "AdapEmu loss", "AdapFu loss", "AdapFu against base"]
+    header += ["AdapEmu metric", "AdapFu metric"] if has_metric else []
+    change = differences(rows, "adap_fu", "loss")
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name in change:
+        own = [row for row in rows if row["arm"] == name]
+        losses = [
+            "{:.3f} ± {:.3f}".format(*spread(row[who]["loss"] for row in own)) for who in ("adap_emu", "adap_fu")
+        ]
+        line = [name, str(len(own)), *losses, "" if name == BASE else "{:+.3f} ± {:.3f}".format(*change[name])]
+        if has_metric:
+            both = [spread(100 * row[who]["metric"] for row in own) for who in ("adap_emu", "adap_fu")]
+            line += ["{:.1f} ± {:.1f}".format(*pair) for pair in both]
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(rows: list[dict], file: Path):
+    """How much lower or higher AdapFu's loss is in each arm, at the same seed."""
+    change = differences(rows, "adap_fu", "loss")
+    names = sorted((name for name in change if name != BASE), key=lambda name: -change[name][0])
+    figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(*zip(*((change[name][0], i) for i, name in enumerate(names)), strict=True),
+                  xerr=[change[name][1] for name in names], fmt="o", capsize=3)  # fmt: skip
+    for i, name in enumerate(names):
+        seeds = [value for row in rows if row["arm"] == name for value in [_against_base(row, rows)]]
+        axes.plot(seeds, [i] * len(seeds), ".", color="gray", markersize=4)
+    axes.axvline(0, color="gray", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(xlabel="AdapFu's loss against base, at the same seed (nats per token; left is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    figure.savefig(file, dpi=150)
+
+
+def _against_base(row: dict, rows: list[dict]) -> float:
+    base = next(other for other in rows if other["arm"] == BASE and other["seed"] == row["seed"])
+    return row["adap_fu"]["loss"] - base["adap_fu"]["loss"]
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--task", required=True, choices=["svamp", "xquad", "medquad", "gsm8k", "code"])
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument(
+        "--arms", nargs="+", help=f"Of these alone: {'; '.join(arms('svamp'))}. '{BASE}' is always run."
+    )
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args, flags = parser.parse_known_args(argv)
+    unknown = set(args.arms or ()) - arms(args.task).keys()
+    if unknown:
+        parser.error(f"`--arms` names {sorted(unknown)}, but the arms are {list(arms(args.task))}.")
+    return args, flags
+
+
+def main():
+    args, flags = parse_args()
+    chosen = [name for name in arms(args.task) if args.arms is None or name in (BASE, *args.arms)]
+    rows = [row for name in chosen for row in run(name, args, flags)]
+    (args.output_dir / "ablations.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (args.output_dir / "ablations.md").write_text(table(rows))
+    if len(chosen) > 1:
+        plot(rows, args.output_dir / "ablations.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
