@@ -66,6 +66,7 @@ def assert_same_run(two, one, exact):
     assert_as_exact(*vectors)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same_start(files, tmp_path):
     settings = {"alignment_init": "closed_form", "initial_alignment_steps": 0, "num_rounds": 1}
     one, exact = (run_one(files, tmp_path, base, **settings) for base in ("base", "exact"))

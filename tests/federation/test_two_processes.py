@@ -45,6 +45,7 @@ def test_failing_process_ends_the_run(files, tmp_path):
     assert len((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()) >= 1  # nothing that was computed is lost
 
 
+@pytest.mark.slow
 def test_processes_stop_early_together(files, tmp_path):
     script = Path(__file__).parent / "distributed_run.py"
     flags = ["--folder", tmp_path / "out", "--model", files / "base", "--watch", "patience", "--num_rounds", 6]
