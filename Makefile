@@ -49,7 +49,7 @@ test-lm-eval:
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-lm-eval/bin/pip install --quiet --disable-pip-version-check -e ".[lm-eval]" pytest
 	$(VENV)-lm-eval/bin/python -c "import lm_eval"  # without it the tests would be skipped
-	$(VENV)-lm-eval/bin/python -m pytest tests/recipes/test_lm_eval.py
+	$(VENV)-lm-eval/bin/python -m pytest tests/recipes/test_lm_eval.py tests/recipes/test_smollm2_lm_eval.py
 
 # Owner and sites as real processes of this machine, in an environment with NVFlare: docs/deploying.md
 test-deployment:
