@@ -27,6 +27,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -228,14 +229,14 @@ def read_cell(cell: Cell, args: argparse.Namespace) -> dict:
 def _flops(summary: RunSummary, folder: Path, rounds_of_a_client: float) -> dict[str, float | None]:
     """FLOPs of one client and of the server in the whole run; `None` for a model that cannot be planned."""
     settings, lengths = summary.settings, summary.tokens_per_example
-    lora = LoraConfig(**{name: summary.peft_config[name] for name in ("r", "lora_alpha", "target_modules")})
+    lora = {name: summary.peft_config[name] for name in ("r", "lora_alpha", "target_modules")}
     base = json.loads((folder / "client_lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     names = (*SETTINGS, "teacher", "alignment_init", "trust_remote_code")
     known = {name: settings[name] for name in names if settings[name] is not None}
 
     def costs(length):
-        args = FedBiOTConfig(**{**known, "max_length": max(2, round(length))}, use_cpu=True)
-        return plan(base, args, lora, public_examples=summary.num_public_examples or 1)
+        planned = json.dumps({**known, "max_length": max(2, round(length))}, sort_keys=True)
+        return _plan(base, planned, json.dumps(lora), summary.num_public_examples or 1)
 
     try:
         client = costs(lengths["clients"])["clients"]["fedbiot"]["flops_per_round"] * rounds_of_a_client
@@ -248,6 +249,13 @@ def _flops(summary: RunSummary, folder: Path, rounds_of_a_client: float) -> dict
         warnings.warn(f"FLOPs cannot be counted: {error}", stacklevel=2)
         return {"client_flops": None, "server_flops": None}
     return {"client_flops": client, "server_flops": server}
+
+
+@cache
+def _plan(base: str, settings: str, lora: str, public_examples: int) -> dict[str, dict]:
+    """Seconds for each cell, and the same for all seeds."""
+    args = FedBiOTConfig(**json.loads(settings), use_cpu=True)
+    return plan(base, args, LoraConfig(**json.loads(lora)), public_examples=public_examples)
 
 
 def aggregate(results: list[dict]) -> list[dict]:
