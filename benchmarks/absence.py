@@ -24,8 +24,10 @@ from fedbiot_trainer import FedBiOTConfig, FederatedRunner
 DEMO = Path(__file__).parents[1] / "recipes" / "demo"
 
 
-def run(share: float, seed: int, num_rounds: int, local_steps: int, eval_rounds: int) -> tuple[float, int]:
-    """AdapFu's final loss, and how many answers failed."""
+def run(
+    share: float, seed: int, num_rounds: int, local_steps: int, eval_rounds: int, retries: int
+) -> tuple[float, int]:
+    """AdapFu's final loss, and how many answers a round had to do without."""
     task, settings = runpy.run_path(str(DEMO / "task.py")), yaml.safe_load((DEMO / "demo.yaml").read_text())
     names = FedBiOTConfig.__dataclass_fields__.keys() & settings.keys() - {"eval_metric", "report_to", "output_dir"}
     datasets, eval_dataset = task["private_domains"]({"clinic": 300, "shop": 450, "library": 600}, seed=seed)
@@ -34,6 +36,7 @@ def run(share: float, seed: int, num_rounds: int, local_steps: int, eval_rounds:
             "num_rounds": num_rounds,
             "local_steps": local_steps,
             "eval_rounds": eval_rounds,
+            "client_retries": retries,
             "seed": seed,
             "report_to": "none",
         }
@@ -65,17 +68,27 @@ def main():
     arguments.add_argument("--num_rounds", type=int, default=20)
     arguments.add_argument("--local_steps", type=int, default=20)
     arguments.add_argument("--eval_rounds", type=int, default=1)
+    arguments.add_argument(
+        "--client_retries", type=int, default=0, help="How often a client that failed is asked again."
+    )
+    arguments.add_argument("--clean_rounds", type=int, help="Rounds of the runs without failures, if not as many.")
     args = arguments.parse_args()
     if args.quick:
         args.seeds, args.num_rounds, args.local_steps = [0], 2, 2
-    sizes = args.num_rounds, args.local_steps, args.eval_rounds
-    clean = {seed: run(0.0, seed, *sizes)[0] for seed in args.seeds}
+    sizes = args.local_steps, args.eval_rounds, args.client_retries
+    clean_rounds = args.clean_rounds or args.num_rounds
+    clean = {seed: run(0.0, seed, clean_rounds, *sizes)[0] for seed in args.seeds}
     rows = []
     for share in args.shares:
-        losses, failed = zip(*(run(share, seed, *sizes) for seed in args.seeds), strict=True)
+        losses, failed = zip(*(run(share, seed, args.num_rounds, *sizes) for seed in args.seeds), strict=True)
         ratios = [loss / clean[seed] for loss, seed in zip(losses, args.seeds, strict=True)]
         rows.append(
-            {"failing": share, "rounds": args.num_rounds, "failed_answers": statistics.mean(failed)}
+            {
+                "failing": share,
+                "rounds": args.num_rounds,
+                "clean_rounds": clean_rounds,
+                "failed_answers": statistics.mean(failed),
+            }
             | {"clean_loss": statistics.mean(clean.values()), "loss": statistics.mean(losses)}
             | spread(ratios)
             | {"target": 1.05}
