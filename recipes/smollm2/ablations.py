@@ -12,7 +12,7 @@ runs with the same seed: it has the same clients, batches and order of public te
 
 import argparse
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 
 
 RECIPES = Path(__file__).parents[1]
+compare = runpy.run_path(str(RECIPES / "compare.py"))
+
 BASE = "base"
 SCALES = ("0.25", "0.5", "0.75", "1", "1.25", "1.5")
 
@@ -80,11 +82,12 @@ def score(values: dict[str, float]) -> dict[str, float | None]:
 def run(name: str, args: argparse.Namespace, flags: list[str]) -> list[dict]:
     """The arm's results, one for each seed."""
     folder = args.output_dir / folder_of(name)
-    command = [sys.executable, RECIPES / "compare.py", "--task", f"smollm2-{args.task}", "--methods", "fedbiot"]
-    command += ["--betas", args.beta, "--seeds", *args.seeds, "--no-drift", "--output_dir", folder]
-    result = subprocess.run([*map(str, command), *flags, *arms(args.task)[name]])
-    if result.returncode != 0:
-        sys.exit(f"The arm '{name}' ended with {result.returncode}: the same command goes on from here.")
+    own = ["--task", f"smollm2-{args.task}", "--methods", "fedbiot", "--betas", args.beta, "--seeds", *args.seeds]
+    own += ["--no-drift", "--output_dir", folder]
+    try:
+        compare["main"]([*map(str, own), *flags, *arms(args.task)[name]])
+    except SystemExit as error:
+        sys.exit(f"The arm '{name}' was not finished, the same command goes on from here: {error}")
     rows = json.loads((folder / "results.json").read_text())
     return [
         {
@@ -172,8 +175,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     return args, flags
 
 
-def main():
-    args, flags = parse_args()
+def main(argv: list[str] | None = None):
+    args, flags = parse_args(argv)
     chosen = [name for name in arms(args.task) if args.arms is None or name in (BASE, *args.arms)]
     rows = [row for name in chosen for row in run(name, args, flags)]
     (args.output_dir / "ablations.json").write_text(json.dumps(rows, indent=2) + "\n")

@@ -74,7 +74,7 @@ def test_two_processes_compute_the_same_start(files, tmp_path):
 
 
 @pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), pytest.param("zero2", "DEEPSPEED", marks=pytest.mark.slow), ("zero3", "DEEPSPEED"),
-                                          pytest.param("zero3_init", "DEEPSPEED", marks=pytest.mark.slow), ("fsdp2", "FSDP")])  # fmt: skip
+                                          pytest.param("zero3_init", "DEEPSPEED", marks=pytest.mark.slow), pytest.param("fsdp2", "FSDP", marks=pytest.mark.slow)])  # fmt: skip
 def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config, kind):
     if kind == "DEEPSPEED":
         pytest.importorskip("deepspeed")

@@ -79,7 +79,13 @@ def members(group):
     return found
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number, code",
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_ends_after_its_step(start, tmp_path, number, code):
     process = start("python")
     process.send_signal(number)

@@ -1,6 +1,5 @@
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,22 +33,27 @@ names = ("processes", "num_examples", "tokens_per_example", "initial_alignment",
 """
 
 
+@pytest.fixture(scope="module")
+def ablations():
+    return runpy.run_path(str(SCRIPT))
+
+
 @pytest.fixture
-def run(tmp_path):
+def run(ablations, tmp_path, capsys):
+    """Run the script. Gives what it printed."""
     (tmp_path / "launcher.py").write_text("import sys\n" + RUN)
 
     def run(*flags):
-        command = [sys.executable, SCRIPT, "--task", "svamp", "--output_dir", tmp_path / "out"]
-        command += ["--launcher", f"{sys.executable} {tmp_path / 'launcher.py'}", *flags]
-        return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        launcher = ["--launcher", f"{sys.executable} {tmp_path / 'launcher.py'}"]
+        ablations["main"](["--task", "svamp", "--output_dir", str(tmp_path / "out"), *launcher, *flags])
+        return capsys.readouterr().out
 
     return run
 
 
 def test_one_change_at_a_time(run, tmp_path):
     flags = ("--seeds", "0", "1", "--beta", "0.4", "--arms", "alignment learning rate 2e-3", "4 adapter layers")
-    result = run(*flags)
-    assert result.returncode == 0, result.stderr
+    shown = run(*flags)
     calls = sorted((tmp_path / "out" / "calls.txt").read_text().splitlines())
     arms = ("4_adapter_layers", "alignment_learning_rate_2e-3", "base")
     assert calls == [f"{arm} {seed} 0.4" for arm in arms for seed in (0, 1)]
@@ -57,31 +61,33 @@ def test_one_change_at_a_time(run, tmp_path):
     assert [(row["arm"], row["seed"]) for row in rows[:2]] == [("base", 0), ("base", 1)] and len(rows) == 6
     assert rows[0]["adap_fu"] == {"loss": 1.0, "metric": 0.25}
     # Against the base at the same seed: the seeds' own difference, 0.1, is not in the spread.
-    changed = next(line for line in result.stdout.splitlines() if line.startswith("| alignment learning"))
+    changed = next(line for line in shown.splitlines() if line.startswith("| alignment learning"))
     assert "| 1.052 ± 0.071 | +0.002 ± 0.000 |" in changed
     assert (tmp_path / "out" / "ablations.png").stat().st_size > 100
-    assert (tmp_path / "out" / "ablations.md").read_text() in result.stdout
+    assert (tmp_path / "out" / "ablations.md").read_text() in shown
 
     run(*flags)  # nothing is run twice
     assert sorted((tmp_path / "out" / "calls.txt").read_text().splitlines()) == calls
 
 
-def test_unknown_arm_is_refused_before_any_run(run, tmp_path):
-    result = run("--arms", "better text")
-    assert result.returncode == 2 and "better text" in result.stderr and "4 adapter layers" in result.stderr
+def test_unknown_arm_is_refused_before_any_run(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("--arms", "better text")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "better text" in said and "4 adapter layers" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_fails_is_named(run):
-    result = run("--seeds", "x")
-    assert result.returncode == 2
-    result = run("--launcher", f"{sys.executable} missing.py")
-    assert result.returncode != 0 and "'base'" in result.stderr and "goes on from here" in result.stderr
+    with pytest.raises(
+        SystemExit, match="(?s)'base' was not finished, the same command goes on from here: .*missing.py"
+    ):
+        run("--launcher", f"{sys.executable} missing.py")
 
 
 @pytest.mark.parametrize("task", ["svamp", "xquad", "medquad", "gsm8k", "code"])
-def test_each_arm_changes_what_the_recipe_says(task):
-    arms = runpy.run_path(str(SCRIPT))["arms"](task)
+def test_each_arm_changes_what_the_recipe_says(ablations, task):
+    arms = ablations["arms"](task)
     config = yaml.safe_load((SCRIPT.parent / f"{task}.yaml").read_text())
     for name, flags in arms.items():
         values = dict(zip(flags[::2], flags[1::2], strict=False))

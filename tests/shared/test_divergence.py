@@ -86,7 +86,7 @@ def test_first_step_points_at_the_model(make_runner, monkeypatch):
         run.train()
 
 
-@pytest.mark.trains
+@pytest.mark.slow
 def test_processes_notice_together(tokenizer, tmp_path):
     """One process sees the loss, both leave the client out, and neither waits for the other."""
     save_files(tmp_path, tokenizer)
