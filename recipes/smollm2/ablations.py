@@ -33,14 +33,15 @@ def arms(task: str) -> dict[str, list[str]]:
     """The flags of each arm, beside those of the recipe's YAML."""
     settings = yaml.safe_load((RECIPES / "smollm2" / f"{task}.yaml").read_text())
     steps, rounds = settings["local_steps"], settings["num_rounds"]
+    public = {"far": "far", "template alone": "template", "domain alone": "domain", "generated": "generated"}
+    if task == "code":  # whose far text has the clients' form
+        public = {"far": "far", "generated": "generated"}
+    files = {f"public text: {name}": f"outputs/smollm2/{task}/{file}.jsonl" for name, file in public.items()}
     one = {
-        "public text: far": ("public_dataset_name", f"outputs/smollm2/{task}/far.jsonl"),
-        "public text: template alone": ("public_dataset_name", f"outputs/smollm2/{task}/template.jsonl"),
-        "public text: domain alone": ("public_dataset_name", f"outputs/smollm2/{task}/domain.jsonl"),
-        "public text: generated": ("public_dataset_name", f"outputs/smollm2/{task}/generated.jsonl"),
+        **{name: ("public_dataset_name", file) for name, file in files.items()},
         "start from zero": ("alignment_init", "zero"),
         "computed start alone": ("initial_alignment_steps", 0),
-        "500 steps after it": ("initial_alignment_steps", 500),
+        "computed start, 500 steps": ("initial_alignment_steps", 500),
         "no alignment in rounds": ("alignment_steps", 0),
         "20 steps in each round": ("alignment_steps", 20),
         "alignment learning rate 2e-4": ("alignment_learning_rate", 2e-4),
