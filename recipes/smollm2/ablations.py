@@ -14,9 +14,8 @@ import argparse
 import json
 import runpy
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import yaml
 from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 
 RECIPES = Path(__file__).parents[1]
 compare = runpy.run_path(str(RECIPES / "compare.py"))
+spread = compare["spread"]
 
 BASE = "base"
 SCALES = ("0.25", "0.5", "0.75", "1", "1.25", "1.5")
@@ -74,12 +74,6 @@ def folder_of(name: str) -> str:
     return "".join(char if char.isalnum() or char in ".-" else "_" for char in name)
 
 
-def score(values: dict[str, float]) -> dict[str, float | None]:
-    """Loss and the task's own metric."""
-    own = (value for name, value in values.items() if name not in ("loss", "token_accuracy"))
-    return {"loss": values["loss"], "metric": next(own, None)}
-
-
 def run(name: str, args: argparse.Namespace, flags: list[str]) -> list[dict]:
     """The arm's results, one for each seed."""
     folder = args.output_dir / folder_of(name)
@@ -89,29 +83,16 @@ def run(name: str, args: argparse.Namespace, flags: list[str]) -> list[dict]:
         compare["main"]([*map(str, own), *flags, *arms(args.task)[name]])
     except SystemExit as error:
         sys.exit(f"The arm '{name}' was not finished, the same command goes on from here: {error}")
-    rows = json.loads((folder / "results.json").read_text())
-    return [
-        {
-            "arm": name,
-            "seed": row["seed"],
-            **{who: score(row[who]) for who in ("zero_shot", "adap_emu", "adap_fu")},
-            "seconds": row["seconds"],
-        }
-        for row in rows
-    ]
+    return [{"arm": name, **row} for row in json.loads((folder / "rows.json").read_text())]
 
 
-def spread(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard deviation (0 for a single value)."""
-    values = list(values)
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
-
-
-def differences(rows: list[dict], who: str, key: str) -> dict[str, tuple[float, float]]:
-    """Of each arm from the base at the same seed: mean and standard deviation."""
-    base = {row["seed"]: row[who][key] for row in rows if row["arm"] == BASE}
-    names = dict.fromkeys(row["arm"] for row in rows)
-    return {name: spread(row[who][key] - base[row["seed"]] for row in rows if row["arm"] == name) for name in names}
+def against_base(rows: list[dict]) -> dict[str, list[float]]:
+    """How much higher AdapFu's loss is in each arm than in the base with the same seed."""
+    base = {row["seed"]: row["adap_fu"]["loss"] for row in rows if row["arm"] == BASE}
+    changes: dict[str, list[float]] = {}
+    for row in rows:
+        changes.setdefault(row["arm"], []).append(row["adap_fu"]["loss"] - base[row["seed"]])
+    return changes
 
 
 def table(rows: list[dict]) -> str:
@@ -119,16 +100,15 @@ def table(rows: list[dict]) -> str:
     has_metric = rows[0]["adap_fu"]["metric"] is not None
     header = ["one change", "seeds", "AdapEmu loss", "AdapFu loss", "AdapFu against base"]
     header += ["AdapEmu metric", "AdapFu metric"] if has_metric else []
-    change = differences(rows, "adap_fu", "loss")
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for name in change:
+    for name, changes in against_base(rows).items():
         own = [row for row in rows if row["arm"] == name]
         losses = [
-            "{:.3f} ± {:.3f}".format(*spread(row[who]["loss"] for row in own)) for who in ("adap_emu", "adap_fu")
+            "{:.3f} ± {:.3f}".format(*spread([row[who]["loss"] for row in own])) for who in ("adap_emu", "adap_fu")
         ]
-        line = [name, str(len(own)), *losses, "" if name == BASE else "{:+.3f} ± {:.3f}".format(*change[name])]
+        line = [name, str(len(own)), *losses, "" if name == BASE else "{:+.3f} ± {:.3f}".format(*spread(changes))]
         if has_metric:
-            both = [spread(100 * row[who]["metric"] for row in own) for who in ("adap_emu", "adap_fu")]
+            both = [spread([100 * row[who]["metric"] for row in own]) for who in ("adap_emu", "adap_fu")]
             line += ["{:.1f} ± {:.1f}".format(*pair) for pair in both]
         lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -136,26 +116,20 @@ def table(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], file: Path):
     """How much lower or higher AdapFu's loss is in each arm, at the same seed."""
-    change = differences(rows, "adap_fu", "loss")
-    names = sorted((name for name in change if name != BASE), key=lambda name: -change[name][0])
+    changes = {name: values for name, values in against_base(rows).items() if name != BASE}
+    names = sorted(changes, key=lambda name: -mean(changes[name]))
     figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(names)), layout="constrained")
     axes = figure.subplots()
-    axes.errorbar(*zip(*((change[name][0], i) for i, name in enumerate(names)), strict=True),
-                  xerr=[change[name][1] for name in names], fmt="o", capsize=3)  # fmt: skip
     for i, name in enumerate(names):
-        seeds = [value for row in rows if row["arm"] == name for value in [_against_base(row, rows)]]
-        axes.plot(seeds, [i] * len(seeds), ".", color="gray", markersize=4)
+        average, deviation = spread(changes[name])
+        axes.errorbar(average, i, xerr=deviation, fmt="o", capsize=3, color="C0")
+        axes.plot(changes[name], [i] * len(changes[name]), ".", color="gray", markersize=4)
     axes.axvline(0, color="gray", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlabel="AdapFu's loss against base, at the same seed (nats per token; left is better)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     figure.savefig(file, dpi=150)
-
-
-def _against_base(row: dict, rows: list[dict]) -> float:
-    base = next(other for other in rows if other["arm"] == BASE and other["seed"] == row["seed"])
-    return row["adap_fu"]["loss"] - base["adap_fu"]["loss"]
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
