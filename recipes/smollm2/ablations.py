@@ -7,7 +7,7 @@ Each arm is a comparison of one method, `recipes/compare.py --methods fedbiot`, 
 what is done stays, and the same command goes on where it was. All other flags go to compare.py and on to the runs.
 
 Leaves `ablations.json` (one object for each arm and seed), `ablations.md` and `ablations.png`. A difference is that of
-runs with the same seed: it has the same clients, batches and order of public text on both sides.
+runs with the same seed: clients, batches and public text are the same on both sides where the arm does not change them.
 """
 
 import argparse
