@@ -14,6 +14,9 @@ COMMANDS = {
     "provision": "startup kits for an owner and sites on machines of their own",
     "serve": "the owner's side of a run with such sites",
     "join": "a site's side of it",
+    "status": "how the owner's server, its sites and its run are doing",
+    "stop": "end the run that is being served",
+    "revoke": "let a site take no further part",
 }
 
 

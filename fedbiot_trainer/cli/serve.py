@@ -10,6 +10,7 @@ clients' text; the run itself goes on in the server that the owner's kit has sta
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -20,13 +21,15 @@ from rich.console import Console
 
 from ..config import FedBiOTConfig
 from ..engines.errors import check_installed
+from ..engines.nvflare.administrator import GO_ON, LOG, ServedRun, administrator_kit, end_job, open_session
 from ..engines.remote import Carrier, RemoteClients
+from ..federation.interruption import RunInterrupted
 from ..federation.runner import FederatedRunner
 from .early import check_sources
 from .train import FederatedScriptArguments, make_parser, prepare
 
 
-LOG = "log.txt"  # of the run, in its folder
+ENDED_FROM_OUTSIDE = "NVFlare ends the run. Its state is on disk.\n"
 POLL = 1.0  # seconds between two looks at the run
 MAX_RESTARTS = 3
 
@@ -62,8 +65,12 @@ def run(carrier: Carrier, argument: str):
     runner.folder.path.mkdir(parents=True, exist_ok=True)
     with (runner.folder.path / LOG).open("a", buffering=1) as log:
         runner.console = Console(file=log, width=120)
+        runner.interruption.is_ending = carrier.is_ending
         try:
             runner.train()
+        except RunInterrupted:
+            log.write(ENDED_FROM_OUTSIDE)
+            raise
         except Exception as error:
             log.write(f"error: {error or type(error).__name__}\n")
             raise
@@ -74,49 +81,64 @@ def _prepare(flags: list[str]) -> dict:
 
 
 def main(argv: list[str] | None = None):
-    """Submit the run that the command line or `argv` asks for, show it, and end with it."""
+    """
+    Submit the run that the command line or `argv` asks for, show it, and end with it. One that is stopped, by Ctrl-C or `fedbiot
+    stop`, exits as `fedbiot train` does.
+    """
     check_installed("nvflare", "nvflare")
-    from ..engines.nvflare.job import open_session, write_job
-    from ..engines.nvflare.owner import ABORTED
-
     parser = argparse.ArgumentParser("fedbiot serve", add_help=False, allow_abbrev=False)
     parser.add_argument("--kit", type=Path)
     parser.add_argument("--min_sites", type=int, default=1)
     parser.add_argument("--patience", type=float, default=600.0)
     own, flags = parser.parse_known_args(sys.argv[2:] if argv is None else argv)
     args: FedBiOTConfig = _prepare(flags)["args"]  # what cannot work is said here and now
-    if own.kit is None or not (own.kit / "startup").is_dir():
-        raise FileNotFoundError(f"`kit` is '{own.kit}', but that is no startup kit. Pass the administrator's.")
+    kit = administrator_kit(own.kit)
     order = {"folder": os.getcwd(), "flags": flags, "min_sites": own.min_sites, "patience": own.patience}
-    log = Path(args.output_dir) / LOG
-    shown = log.stat().st_size if log.is_file() else 0
-    session = open_session(own.kit)
+    run = ServedRun.begin(kit, Path(args.output_dir))
+    session = open_session(kit)
     try:
-        for restarts in range(MAX_RESTARTS + 1):
-            _wait_for_sites(session, own.min_sites, own.patience)
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "order.json")
-                file.write_text(json.dumps(order))
-                job = session.submit_job(str(write_job(Path(folder, "job"), f"{__name__}:{run.__name__}", str(file))))
-                status, shown = _follow(session, job, log, shown)
-            if status == "FINISHED:COMPLETED":
-                return
-            # NVFlare ends a job when it loses a process of its own at one site.
-            if restarts == MAX_RESTARTS or not log.is_file() or not log.read_text().endswith(f"error: {ABORTED}\n"):
-                break
-            sys.stdout.write("NVFlare has ended the run. It goes on from its state.\n")
-            order["flags"] = [*flags, "--resume_from_checkpoint", "true"]
+        _serve(session, order, run)
+    except RunInterrupted as interruption:
+        sys.stderr.write(f"{interruption}. {GO_ON}\n")
+        sys.exit(128 + interruption.signal)
     finally:
         session.close()
+
+
+def _serve(session, order: dict, run: ServedRun):
+    """Submit a run, and again where NVFlare ends it, until it is over."""
+    from ..engines.nvflare.job import write_job
+
+    log = Path(run.output_dir) / LOG
+    shown = log.stat().st_size if log.is_file() else 0
+    flags = order["flags"]
+    for restarts in range(MAX_RESTARTS + 1):
+        _wait_for_sites(session, order["min_sites"], order["patience"], run)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "order.json")
+            file.write_text(json.dumps(order))
+            job = session.submit_job(str(write_job(Path(folder, "job"), f"{__name__}:run", str(file))))
+            status, shown = _follow(session, job, log, shown)
+        if status == "FINISHED:COMPLETED":
+            return
+        if run.was_stopped:
+            raise RunInterrupted(signal.SIGTERM)
+        # NVFlare ends a job when it loses a process of its own at one site.
+        if restarts == MAX_RESTARTS or not log.is_file() or not log.read_text().endswith(ENDED_FROM_OUTSIDE):
+            break
+        sys.stdout.write("NVFlare has ended the run. It goes on from its state.\n")
+        order["flags"] = [*flags, "--resume_from_checkpoint", "true"]
     raise RuntimeError(
         f"The run ended as {status}. The server's log in its kit says more. If there is a state in the run's folder, it can go on "
         "with `--resume_from_checkpoint true`."
     )
 
 
-def _wait_for_sites(session, min_sites: int, patience: float):
+def _wait_for_sites(session, min_sites: int, patience: float, run: ServedRun):
     deadline = time.monotonic() + patience
     while len(session.get_connected_client_list()) < min_sites:
+        if run.was_stopped:
+            raise RunInterrupted(signal.SIGTERM)
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"`min_sites` is {min_sites}, but fewer have connected within `patience` ({patience:g} s)."
@@ -133,8 +155,9 @@ def _follow(session, job: str, log: Path, shown: int) -> tuple[str, int]:
             status = str(session.get_job_meta(job)["status"])
             shown = _show(log, shown)
     except KeyboardInterrupt:
-        session.abort_job(job)
-        sys.exit("stopped. To go on: --resume_from_checkpoint true")
+        end_job(session, job)
+        _show(log, shown)
+        raise RunInterrupted(signal.SIGINT) from None
     return status, shown
 
 

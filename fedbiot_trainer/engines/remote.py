@@ -21,6 +21,9 @@ class Carrier(Protocol):
     def sites(self) -> list[str]:
         """The sites that are connected now, by the names that the engine has verified."""
 
+    def is_ending(self) -> bool:
+        """Whether the engine ends the run."""
+
     def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
         """
         Bring each site its payload, and what [`Site.answer`] makes of it back.

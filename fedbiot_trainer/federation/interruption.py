@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,12 +36,16 @@ class Interruption(TrainerCallback):
     """
     Whether a run was told to stop, in any of its processes. As a callback of a trainer, it is asked after each step.
 
+    Attributes:
+        is_ending (`Callable`): Asked as well, where more than signals can end the run.
+
     Raises (from [`check`]):
         RunInterrupted: If it was.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self.is_ending: Callable[[], bool] = lambda: False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -73,7 +77,7 @@ class Interruption(TrainerCallback):
 
     def check(self):
         """Raise [`RunInterrupted`] if any process was told to stop. All must ask."""
-        if self.anywhere(self.received is not None):
+        if self.anywhere(self.received is not None or self.is_ending()):
             number = self.received if self.received in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM
             raise RunInterrupted(number)
 

@@ -160,6 +160,7 @@ class ShowProgress(Observer):
             self.progress.line(f"loss on public text | emulator {emulator:.3f}  full model {full:.3f}")
 
     def on_round_end(self, record: RoundRecord):
+        self.progress.round_ended(record.server_round)
         self.progress.round_line(record)
 
 
@@ -176,11 +177,11 @@ def run_progress(
         console (`rich.console.Console`): Where to show it, in the main process.
         state ([`FederationState`], *optional*): Where an earlier run was.
     """
-    per_round = num_asked * args.local_steps
-    total = args.num_rounds * per_round
+    initial, per_round = 0, num_asked * args.local_steps
     if aligns:
-        total += args.initial_alignment_steps + args.num_rounds * args.alignment_steps
-    progress = RunProgress(total, args.num_rounds, console, args.process_index == 0)
+        initial, per_round = args.initial_alignment_steps, per_round + args.alignment_steps
+    total = initial + args.num_rounds * per_round
+    progress = RunProgress(total, args.num_rounds, per_round, console, args.process_index == 0)
     if state is not None:
-        progress.skip(state.alignment_steps + state.server_round * per_round)
+        progress.skip(initial + state.server_round * per_round)
     return progress

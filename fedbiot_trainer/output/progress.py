@@ -29,6 +29,7 @@ class RunProgress:
     Args:
         total_steps (`int`): Alignment and local steps of the whole run.
         num_rounds (`int`): Rounds of the run.
+        steps_per_round (`int`): How many of them are a round's, of all its clients.
         console (`rich.console.Console`): Where to print. Live only if it is a terminal.
         enabled (`bool`, *optional*, defaults to `True`): Whether to print anything.
         interval (`float`, *optional*): Seconds between plain lines, at most.
@@ -38,12 +39,14 @@ class RunProgress:
         self,
         total_steps: int,
         num_rounds: int,
+        steps_per_round: int,
         console: Console,
         enabled: bool = True,
         interval: float = SECONDS_BETWEEN_LINES,
     ):
         self.console, self.num_rounds, self.enabled, self.interval = console, num_rounds, enabled, interval
         self.total_steps, self.steps_done, self._steps_before = total_steps, 0, 0
+        self.steps_per_round = steps_per_round
         self.started = self._phase_started = self._last_line = time.perf_counter()
         self._where = self._client = self._counted = self._loss = ""
         self._phase_steps = 0
@@ -75,6 +78,11 @@ class RunProgress:
         """Count steps that an earlier run took."""
         self.steps_done = self._steps_before = steps
         self._live.update(self._task, completed=steps)
+
+    def round_ended(self, server_round: int):
+        """Count the steps of a round that were not seen: those of clients elsewhere, or of clients that failed."""
+        self.steps_done = self.total_steps - (self.num_rounds - server_round) * self.steps_per_round
+        self._live.update(self._task, completed=self.steps_done, eta=self.eta)
 
     @property
     def eta(self) -> str:

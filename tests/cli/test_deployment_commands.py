@@ -1,6 +1,7 @@
 """What `fedbiot provision`, `serve` and `join` say before anything is started."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,11 +11,15 @@ from conftest import save_files, sums
 from fedbiot_trainer.cli.join import main as join
 from fedbiot_trainer.cli.join import make_site, read_settings
 from fedbiot_trainer.cli.main import main
+from fedbiot_trainer.cli.revoke import main as revoke
 from fedbiot_trainer.cli.serve import main as serve
+from fedbiot_trainer.cli.status import main as status
+from fedbiot_trainer.cli.stop import main as stop
 from fedbiot_trainer.engines.errors import check_installed
+from fedbiot_trainer.engines.nvflare.administrator import ServedRun
 
 
-@pytest.mark.parametrize("command", ["provision", "serve", "join"])
+@pytest.mark.parametrize("command", ["provision", "serve", "join", "status", "stop", "revoke"])
 def test_an_engine_that_is_not_installed_is_named(command, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nvflare", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -95,7 +100,7 @@ def test_a_site_that_cannot_join(kit, tmp_path, flags, error):
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (["--kit", "nowhere"], "`kit` is 'nowhere', but that is no startup kit. Pass the administrator's"),
+        (["--kit", "nowhere"], "`kit` is 'nowhere', but that is no startup kit of an administrator"),
         ([], "`kit` is 'None'"),
         (
             ["--client_datasets", "a=a.jsonl"],
@@ -122,3 +127,33 @@ def test_a_run_that_cannot_be_served(tmp_path, tokenizer, flags, error):
     ]
     with pytest.raises((FileNotFoundError, ValueError), match=error):
         serve([*given, *flags])
+
+
+@needs_nvflare
+@pytest.mark.parametrize("command", [status, stop, revoke], ids=lambda command: command.__module__)
+def test_commands_of_the_owner_need_its_kit(kit, command):
+    with pytest.raises(FileNotFoundError, match=f"`kit` is '{kit}', but that is no startup kit of an administrator"):
+        command(["--kit", str(kit), *(["north"] if command is revoke else [])])
+
+
+def test_a_kit_serves_one_run_at_a_time(tmp_path):
+    assert ServedRun.find(tmp_path) is None
+    first = ServedRun.begin(tmp_path, tmp_path / "first")
+    assert ServedRun.find(tmp_path) == first and not first.is_served  # this is not `fedbiot serve`
+    with subprocess.Popen(
+        ["sh", "-c", "echo; read line", "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        first.pid = other.pid
+        first.save()
+        with pytest.raises(
+            ValueError, match=f"with which process {other.pid} serves the run of '{tmp_path / 'first'}'"
+        ):
+            ServedRun.begin(tmp_path, tmp_path / "second")
+        other.stdin.close()
+    second = ServedRun.begin(tmp_path, tmp_path / "second")  # the other has ended
+    assert not second.was_stopped
+    told = ServedRun.find(tmp_path)
+    told.is_stopped = True
+    told.save()
+    assert second.was_stopped

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,20 +122,45 @@ def whole(folder):
     return load_lora(folder / "whole" / "client_lora")[1]
 
 
+def serve_command(kits, *flags):
+    words = ["--kit", kits[ADMINISTRATOR], "--min_sites", 3, "--patience", 120, "--config", "run.yaml", *flags]
+    return ["serve", *words]
+
+
 def serve(folder, kits, *flags):
-    words = [
-        "serve",
-        "--kit",
-        kits[ADMINISTRATOR],
-        "--min_sites",
-        3,
-        "--patience",
-        120,
-        "--config",
-        "run.yaml",
-        *flags,
-    ]
-    return fedbiot(*words, cwd=folder)
+    return fedbiot(*serve_command(kits, *flags), cwd=folder)
+
+
+@contextmanager
+def serving(folder, kits, output_dir, *flags):
+    """A run that goes on in the block, of which some rounds have ended."""
+    command = serve_command(kits, "--output_dir", output_dir, *flags)
+    served = subprocess.Popen(
+        [sys.executable, "-m", "fedbiot_trainer", *map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+    )
+    before = rounds_in(folder / output_dir)
+    wait_until(lambda: served.poll() is not None or rounds_in(folder / output_dir) >= before + 2)
+    assert served.poll() is None
+    yield served
+    served.kill()
+    served.communicate()
+
+
+def rounds_in(output_dir):
+    file = output_dir / "rounds.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def wait_until(holds, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_run_of_three_parties_is_the_run_in_one_process(folder, kits, whole):
@@ -158,26 +184,49 @@ def test_a_served_run_goes_on(folder, kits):
 
 def test_a_run_goes_on_when_the_engine_loses_a_process(folder, kits):
     """NVFlare's own process of the job at a site, without which it ends the job for all."""
-    words = ["serve", "--kit", kits[ADMINISTRATOR], "--min_sites", 3, "--config", "run.yaml", "--num_rounds", 12]
-    command = [sys.executable, "-m", "fedbiot_trainer", *map(str, words), "--output_dir", "lost"]
-    served = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
-    )
-    rounds, deadline = folder / "lost" / "rounds.jsonl", time.monotonic() + 300
-    while not rounds.is_file() or len(rounds.read_text().splitlines()) < 2:
-        assert served.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    found = [
-        int(process.parent.name)
-        for process in Path("/proc").glob("[0-9]*/cmdline")
-        if "worker_process" in (command := process.read_text()) and str(kits["north"]) in command
-    ]
-    assert len(found) == 1
-    os.kill(found[0], signal.SIGKILL)
-    said, _ = served.communicate(timeout=300)
+    with serving(folder, kits, "lost", "--num_rounds", 12) as served:
+        found = [
+            int(process.parent.name)
+            for process in Path("/proc").glob("[0-9]*/cmdline")
+            if "worker_process" in (command := process.read_text()) and str(kits["north"]) in command
+        ]
+        assert len(found) == 1
+        os.kill(found[0], signal.SIGKILL)
+        said, _ = served.communicate(timeout=300)
     assert served.returncode == 0, said[-3000:]
     assert "NVFlare has ended the run. It goes on from its state." in said and "going on after round" in said
-    assert [json.loads(line)["server_round"] for line in rounds.read_text().splitlines()] == list(range(1, 13))
+    rounds = (folder / "lost" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["server_round"] for line in rounds] == list(range(1, 13))
+
+
+def test_a_run_that_is_stopped_goes_on_without_a_site_that_was_revoked(folder, kits):
+    kit = ["--kit", kits[ADMINISTRATOR]]
+    with serving(folder, kits, "stopped", "--num_rounds", 1000) as served:
+        said = fedbiot("status", *kit).stdout
+        assert "site    north: connected" in said and f"run     going on, in {folder / 'stopped'}" in said
+        assert "is the last that has ended; answers of " in said
+        second = serve(folder, kits, "--output_dir", "second")
+        assert f"process {served.pid} serves the run of '{folder / 'stopped'}'" in second.stderr
+        assert fedbiot("revoke", *kit, "west").stdout.endswith("west may not connect any more.\n")
+        revoked = rounds_in(folder / "stopped") + 1
+        wait_until(lambda: rounds_in(folder / "stopped") >= revoked + 2)
+        stopped = fedbiot("stop", *kit)
+        said, _ = served.communicate(timeout=60)
+    assert stopped.returncode == 0 and "has ended. To go on: --resume_from_checkpoint true" in stopped.stdout
+    assert served.returncode == 128 + signal.SIGTERM and "NVFlare ends the run. Its state is on disk." in said
+    ended = [json.loads(line) for line in (folder / "stopped" / "rounds.jsonl").read_text().splitlines()]
+    assert set(ended[0]["weights"]) == set(SITES)
+    assert all(set(record["weights"]) == {"north", "south"} for record in ended[revoked:])
+    assert f"run     stopped, in {folder / 'stopped'}" in fedbiot("status", *kit).stdout
+    assert "with which no run is going on" in fedbiot("stop", *kit).stderr
+    # It was shut out for good, and not the others.
+    flags = ["--num_rounds", len(ended) + 2, "--resume_from_checkpoint", "true", "--min_sites", 2]
+    assert serve(folder, kits, "--output_dir", "stopped", *flags).returncode == 0
+    assert set(json.loads((folder / "stopped" / "rounds.jsonl").read_text().splitlines()[-1])["weights"]) == {
+        "north",
+        "south",
+    }
+    assert fedbiot("revoke", *kit, "west", "--undo").stdout.endswith("west may connect again.\n")
 
 
 def test_a_site_refuses_beyond_its_limits(folder, kits):
@@ -201,10 +250,7 @@ def test_a_site_of_two_processes_comes_to_the_same(folder, kits, whole):
     ddp = ROOT / "accelerate_configs" / "cpu" / "ddp.yaml"
     settings = {"use_cpu": True, "per_device_train_batch_size": 1, "accelerate_config": str(ddp)}
     (folder / "ddp.yaml").write_text(yaml.safe_dump(settings))
-    is_there, deadline = kits["join"]("west", "ddp.yaml"), time.monotonic() + 120
-    while not is_there():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(kits["join"]("west", "ddp.yaml"))
     served = serve(folder, kits, "--output_dir", "ddp")
     assert served.returncode == 0, served.stderr[-3000:]
     rounds = [json.loads(line) for line in (folder / "ddp" / "rounds.jsonl").read_text().splitlines()]

@@ -15,8 +15,9 @@ import pytest
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedbiot-trainer[nvflare]'")
 
+from fedbiot_trainer.engines.nvflare.administrator import open_session, wait_for_sites
 from fedbiot_trainer.engines.nvflare.executor import SITE_FILE
-from fedbiot_trainer.engines.nvflare.job import open_session, wait_for_sites, write_job
+from fedbiot_trainer.engines.nvflare.job import write_job
 from fedbiot_trainer.engines.nvflare.provision import EXECUTOR, provision
 
 
@@ -162,7 +163,7 @@ def test_a_process_that_was_killed_comes_back(answers):
 
 
 def test_a_site_that_is_not_there_is_an_error(answers):
-    assert answers["absent"]["nobody"]["error"] == "ConnectionError: it is not connected"
+    assert answers["absent"]["nobody"]["error"] == "ConnectionError: it is not connected, or was revoked"
     assert answers["absent"]["west"]["payload"] == answers["first"]["west"]["payload"]
 
 

@@ -10,6 +10,7 @@ from conftest import LORA, sums, tiny_model
 from fedbiot_trainer import FederatedRunner
 from fedbiot_trainer.engines.remote import RemoteClients, read_had
 from fedbiot_trainer.engines.site import Site, SiteError, SiteLimits
+from fedbiot_trainer.federation.interruption import RunInterrupted
 from fedbiot_trainer.federation.pool import Reply
 from fedbiot_trainer.wire.frame import encode
 from fedbiot_trainer.wire.shipment import PackageFile, PackageList
@@ -24,6 +25,9 @@ class Carrier:
     def __init__(self, sites):
         self.connected = {site.name: site for site in sites}
         self.asked = []
+
+    def is_ending(self):
+        return False
 
     def sites(self):
         return list(self.connected)
@@ -120,6 +124,22 @@ def lora_pieces(owner):
         if file.name.endswith("adapter_model.safetensors")
     ]
     return sum(math.ceil(size / 10_000) for size in sizes)
+
+
+def test_an_engine_that_ends_the_run_loses_no_answer(make_owner, make_sites):
+    class Ending(Carrier):
+        def is_ending(self):
+            return self.asked.count(("fit", "south")) == 2
+
+    carrier = Ending(make_sites())
+    owner = make_owner(carrier, **SETTINGS)
+    owner.interruption.is_ending = carrier.is_ending
+    with pytest.raises(RunInterrupted):
+        owner.train()
+    going_on = make_owner(Carrier(make_sites()), resume_from_checkpoint="true", **SETTINGS)
+    going_on.train()
+    assert len(going_on.records) == SETTINGS["num_rounds"]
+    assert going_on.pool.carrier.asked.count(("fit", "south")) == SETTINGS["num_rounds"] - 2
 
 
 def test_a_delivery_that_is_cut_goes_on(make_owner, make_sites):

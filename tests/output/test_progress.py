@@ -25,7 +25,7 @@ def record(**changes):
 @pytest.fixture
 def make_progress():
     def make(terminal=False, enabled=True):
-        return RunProgress(10, 3, Console(file=io.StringIO(), force_terminal=terminal, width=100), enabled)
+        return RunProgress(10, 3, 3, Console(file=io.StringIO(), force_terminal=terminal, width=100), enabled)
 
     return make
 
@@ -112,8 +112,20 @@ def test_eta_counts_the_steps(make_progress, monkeypatch):
     assert progress.eta == "0:00"
 
 
+def test_eta_counts_steps_that_are_not_seen(make_progress, monkeypatch):
+    """Those of clients on other machines."""
+    progress = make_progress()  # 10 steps, of which 1 comes before the 3 rounds
+    progress.started = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: 80.0)
+    progress.step(0.5)
+    progress.round_ended(1)
+    assert progress.eta == "2:00"  # 4 of 10 in 80 s
+    progress.round_ended(3)
+    assert progress.eta == "0:00"
+
+
 def test_a_line_now_and_then_where_there_is_no_terminal():
-    progress = RunProgress(10, 3, Console(file=io.StringIO(), width=100), interval=0.05)
+    progress = RunProgress(10, 3, 3, Console(file=io.StringIO(), width=100), interval=0.05)
     with progress:
         progress.phase(2, "local training")
         progress.client("north")

@@ -3,18 +3,14 @@
 import base64
 import json
 import shutil
-import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
-
+from .administrator import APP
 from .owner import TASK
 from .provision import CONTROLLER, EXECUTOR
 
 
-APP = "fedbiot"
 TASK_REQUEST_SECONDS = 0.2  # between two questions of an idle site whether there is something to do
 DEAD_SITE_SECONDS = 30.0  # after NVFlare misses a site, before no answer of it is awaited
 
@@ -59,31 +55,3 @@ def write_job(folder: str | Path, function: str, argument: str = "", min_sites: 
 
 def _write(path: Path, content: dict[str, Any]):
     path.write_text(json.dumps(content, indent=2))
-
-
-def open_session(administrator_kit: str | Path, timeout: float = 60.0) -> Session:
-    """
-    Connect to the server as its administrator.
-
-    Args:
-        administrator_kit (`str` or `Path`): Folder of the administrator's startup kit, named as the administrator.
-        timeout (`float`, *optional*): Seconds to wait for the server.
-    """
-    kit = Path(administrator_kit)
-    return new_secure_session(kit.name, str(kit), timeout=timeout)
-
-
-def wait_for_sites(session: Session, sites: Collection[str], timeout: float) -> list[str]:
-    """
-    Wait until sites are connected: a site that connects after a job has started takes no part in it.
-
-    Returns:
-        `list[str]`: Those of them that are, in the end.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        connected = {client.name for client in session.get_connected_client_list()}
-        here = [site for site in sites if site in connected]
-        if len(here) == len(sites) or time.monotonic() > deadline:
-            return here
-        time.sleep(1.0)

@@ -1,9 +1,12 @@
 """The owner's side in an NVFlare job: a function asks sites, and NVFlare's tasks carry what it asks."""
 
 import base64
+import json
 import queue
+import signal
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from nvflare.apis.client import Client
@@ -14,6 +17,7 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
+from ...federation.interruption import RunInterrupted
 from ...federation.pool import Reply
 from .parts import split, views
 from .site import load
@@ -27,8 +31,12 @@ MAX_ERROR_LENGTH = 500
 ABORTED = "NVFlare ends the job."
 
 
-class JobAborted(Exception):
+class JobAborted(RunInterrupted):
     """NVFlare ends the job, because someone has aborted it or it has lost a process of its own at a site."""
+
+    def __init__(self):
+        super().__init__(signal.SIGTERM)
+        self.args = (ABORTED,)
 
 
 class _Asking:
@@ -96,6 +104,12 @@ class _Asking:
             return self.reply(site, error="its answer has neither a payload nor an error")
 
 
+def revoked_sites(server_kit: Path) -> list[str]:
+    """Sites that NVFlare lets register no more. It would have them go on with the job that they are in."""
+    file = server_kit / "disabled_clients.json"
+    return json.loads(file.read_text())["disabled_clients"] if file.is_file() else []
+
+
 class OwnerController(Controller):
     """
     Runs `function(carrier, argument)` in the server's process of a job, with itself as the carrier.
@@ -120,7 +134,10 @@ class OwnerController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext):
         self._abort_signal, self._fl_ctx = abort_signal, fl_ctx
-        load(self.function)(self, self.argument)
+        try:
+            load(self.function)(self, self.argument)
+        except RunInterrupted as interruption:  # no error of NVFlare's, whose threads know Exception alone
+            self.log_info(fl_ctx, f"The run has ended: {interruption}")
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
@@ -128,9 +145,15 @@ class OwnerController(Controller):
         """An answer that came after its time was up is dropped."""
 
     def sites(self) -> list[str]:
-        """Names, as their certificates say, of the sites that take part in the job and are connected."""
-        names = [client.name for client in self._fl_ctx.get_engine().get_clients()]
-        return [name for name in names if self.get_client_disconnect_time(name) is None]
+        """Names, as their certificates say, of the sites that take part in the job, are connected and were not revoked."""
+        engine = self._fl_ctx.get_engine()
+        revoked = revoked_sites(Path(engine.get_workspace().get_root_dir()))
+        names = [client.name for client in engine.get_clients()]
+        return [name for name in names if name not in revoked and self.get_client_disconnect_time(name) is None]
+
+    def is_ending(self) -> bool:
+        """Whether NVFlare ends the job. It kills the process some ten seconds later."""
+        return self._abort_signal.triggered
 
     def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
         """
@@ -154,8 +177,8 @@ class OwnerController(Controller):
             self.send(task, self._fl_ctx, targets=[site])
         try:
             while waiting:
-                if self._abort_signal.triggered:
-                    raise JobAborted(ABORTED)
+                if self.is_ending():
+                    raise JobAborted
                 reply = asking.next_reply(POLL_SECONDS)
                 if reply is not None:
                     if waiting.pop(reply.client, None) is not None:
@@ -173,4 +196,6 @@ class OwnerController(Controller):
         if asking.remaining() == 0:
             return dict.fromkeys(waiting, f"TimeoutError: it took longer than {asking.timeout:g} s")
         connected = self.sites()
-        return {site: "ConnectionError: it is not connected" for site in waiting if site not in connected}
+        return {
+            site: "ConnectionError: it is not connected, or was revoked" for site in waiting if site not in connected
+        }

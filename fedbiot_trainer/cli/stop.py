@@ -1,0 +1,41 @@
+"""
+End the run that `fedbiot serve` has begun, whichever terminal that is in. Its state stays on disk.
+
+    fedbiot stop --kit kits/owner@fedbiot.org
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..engines.errors import check_installed
+from ..engines.nvflare.administrator import GO_ON, ServedRun, administrator_kit, end_job, open_session, running_jobs
+
+
+def main(argv: list[str] | None = None):
+    """
+    Stop it.
+
+    Raises:
+        ValueError: If no run is going on.
+    """
+    check_installed("nvflare", "nvflare")
+    parser = argparse.ArgumentParser(
+        "fedbiot stop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kit", type=Path, required=True, help="The administrator's startup kit.")
+    kit = administrator_kit(parser.parse_args(argv).kit)
+    run = ServedRun.find(kit)
+    if run is not None and run.is_served:
+        run.is_stopped = True  # before the job ends, as `serve` would submit it again
+        run.save()
+    session = open_session(kit)
+    try:
+        jobs = running_jobs(session)
+        if not jobs and (run is None or not run.is_served):
+            raise ValueError(f"`kit` is '{kit}', with which no run is going on.")
+        for job in jobs:
+            end_job(session, job)
+    finally:
+        session.close()
+    sys.stdout.write(f"The run of {run.output_dir if run is not None else 'another kit'} has ended. {GO_ON}\n")
