@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 
@@ -47,7 +48,7 @@ SIZES = {
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "make_args" in item.fixturenames:  # a trainer's settings
+        if {"make_args", "shared_run"} & set(item.fixturenames):  # a trainer's settings
             item.add_marker("trains")
 
 
@@ -199,36 +200,43 @@ def model():
     return tiny_model()
 
 
+def leave_out_figures(monkeypatch):
+    """Drawing takes a quarter of a run of a tiny model."""
+    monkeypatch.setattr("fedbiot_trainer.output.run_folder.plot_rounds", lambda *args: None)
+
+
 @pytest.fixture(autouse=True)
 def without_figures(request, monkeypatch):
-    """Drawing takes a quarter of a run of a tiny model: only tests that are marked `figures` have it."""
+    """Only tests that are marked `figures` have them."""
     if "figures" not in request.keywords:
-        monkeypatch.setattr("fedbiot_trainer.output.run_folder.plot_rounds", lambda *args: None)
+        leave_out_figures(monkeypatch)
+
+
+def tiny_args(folder, **changes):
+    """The settings of a run of seconds, in `folder / "run"`."""
+    settings = {
+        "output_dir": str(folder / "run"),
+        "num_rounds": 2,
+        "local_steps": 3,
+        "initial_alignment_steps": 3,
+        "alignment_steps": 2,
+        "alignment_batch_size": 4,
+        "teacher_cache_dir": str(folder / "cache"),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "alignment_learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": True,
+        **changes,
+    }
+    return FedBiOTConfig(**settings)
 
 
 @pytest.fixture
 def make_args(tmp_path):
-    def make(**changes):
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "num_rounds": 2,
-            "local_steps": 3,
-            "initial_alignment_steps": 3,
-            "alignment_steps": 2,
-            "alignment_batch_size": 4,
-            "teacher_cache_dir": str(tmp_path / "cache"),
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "alignment_learning_rate": 1e-2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "log_level": "error",
-            "use_cpu": True,
-            **changes,
-        }
-        return FedBiOTConfig(**settings)
-
-    return make
+    return partial(tiny_args, tmp_path)
 
 
 @pytest.fixture
@@ -255,26 +263,46 @@ def package(make_alignment, tmp_path):
 ALL_PUBLIC_TEXT = {"initial_alignment_steps": 8}
 
 
+def tiny_runner(make_args, tokenizer, model=None, client_datasets=None, peft_config=None, callbacks=None, **changes):
+    """A runner of a tiny model and two clients. `changes` are of datasets or settings."""
+    data = {"public_dataset": sums(40, 50), "eval_dataset": sums(50, 55)}
+    for name in (*data, "train_dataset", "emulator_peft_config"):
+        if name in changes:
+            data[name] = changes.pop(name)
+    if "train_dataset" not in data and client_datasets is None:
+        client_datasets = {"north": sums(0, 8), "south": sums(8, 12)}
+    return FederatedRunner(
+        model=tiny_model() if model is None else model,
+        args=make_args(**changes),
+        client_datasets=client_datasets,
+        processing_class=tokenizer,
+        peft_config=peft_config or LORA,
+        callbacks=callbacks,
+        **data,
+    )
+
+
 @pytest.fixture
 def make_runner(make_args, tokenizer):
-    def make(model=None, client_datasets=None, peft_config=None, callbacks=None, **changes):
-        data = {"public_dataset": sums(40, 50), "eval_dataset": sums(50, 55)}
-        for name in (*data, "train_dataset", "emulator_peft_config"):
-            if name in changes:
-                data[name] = changes.pop(name)
-        if "train_dataset" not in data and client_datasets is None:
-            client_datasets = {"north": sums(0, 8), "south": sums(8, 12)}
-        return FederatedRunner(
-            model=tiny_model() if model is None else model,
-            args=make_args(**changes),
-            client_datasets=client_datasets,
-            processing_class=tokenizer,
-            peft_config=peft_config or LORA,
-            callbacks=callbacks,
-            **data,
-        )
+    return partial(tiny_runner, make_args, tokenizer)
 
-    return make
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory, tokenizer):
+    """
+    Makes a runner as `make_runner` does and trains it, for a fixture of a module whose tests only look at the run. What
+    `prepare` does to the runner comes before.
+    """
+
+    def train(prepare=lambda runner: None, **changes):
+        runner = tiny_runner(partial(tiny_args, tmp_path_factory.mktemp("shared")), tokenizer, **changes)
+        prepare(runner)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            leave_out_figures(monkeypatch)
+            runner.train()
+        return runner
+
+    return train
 
 
 @pytest.fixture

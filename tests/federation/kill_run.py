@@ -58,10 +58,10 @@ def announce(phases: Path):
     RoundLoop._tell, Path.rename = announced, slow_rename
 
 
-def run(folder: Path, phases: Path, cache: Path, save_after_clients: bool):
+def run(folder: Path, phases: Path, cache: Path, num_rounds: int, save_after_clients: bool):
     announce(phases)
     args = FedBiOTConfig(
-        str(folder), num_rounds=4, local_steps=4, initial_alignment_steps=20, alignment_steps=4, alignment_batch_size=2,
+        str(folder), num_rounds=num_rounds, local_steps=4, initial_alignment_steps=20, alignment_steps=4, alignment_batch_size=2,
         per_device_train_batch_size=2, learning_rate=1e-2, alignment_learning_rate=1e-2, lr_scheduler_type="linear",
         teacher_cache_dir=str(cache), report_to="none", use_cpu=True, disable_tqdm=True, fraction_train=0.67,
         save_after_clients=save_after_clients, resume_from_checkpoint=True,
@@ -128,12 +128,19 @@ def main():
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--num_rounds", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_after_clients", action="store_true")
     options = parser.parse_args()
     generator, phases, killed = random.Random(options.seed), options.folder / "phase", []
     whole, cut = (
-        (options.folder / name, phases, options.folder / f"{name}-cache", options.save_after_clients)
+        (
+            options.folder / name,
+            phases,
+            options.folder / f"{name}-cache",
+            options.num_rounds,
+            options.save_after_clients,
+        )
         for name in ("whole", "cut")
     )
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,26 @@
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ALL_PUBLIC_TEXT, sums
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from fedbiot_trainer.federation.loop import RoundLoop
+from fedbiot_trainer.federation.observers import WarnOfNoGain
 from fedbiot_trainer.federation.state import FederationState
 from fedbiot_trainer.shared.lora_state import load_lora
+from fedbiot_trainer.shared.records import RoundRecord
+from fedbiot_trainer.shared.selection import choose_selection
 
 
 LOSSES = [3.0, 2.0, 2.5, 2.7, 1.0]  # AdapFu's, by round
+
+# Rounds in which both LoRAs move, and no more: which of them is the best does not depend on how well they train.
+SHORT = {
+    "client_datasets": {"north": sums(0, 4)}, "local_steps": 1, "initial_alignment_steps": 1, "alignment_steps": 1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -47,7 +57,7 @@ class Loras(TrainerCallback):
 
 def watched(make_runner, losses, values=LOSSES, callbacks=(), **settings):
     watch = Loras()
-    settings = {"num_rounds": len(values), "local_steps": 2, "load_best_model_at_end": True, **settings}
+    settings = {"num_rounds": len(values), "load_best_model_at_end": True, **SHORT, **settings}
     runner = losses(make_runner(callbacks=[watch, *callbacks], **settings), values)
     watch.runner = runner
     return runner, watch
@@ -67,9 +77,8 @@ def assert_result_is(runner, client_lora, emulator_lora):
         assert same(packed, lora)
 
 
-@pytest.mark.parametrize("asked", [None, True])
-def test_result_is_the_best_round(make_runner, losses, asked):
-    runner, watch = watched(make_runner, losses, LOSSES[:4], load_best_model_at_end=asked)
+def test_result_is_the_best_round(make_runner, losses):
+    runner, watch = watched(make_runner, losses, LOSSES[:4], load_best_model_at_end=None)
     summary = runner.train()
     assert summary.best_round == 2 and summary.rounds == 4
     assert json.loads((runner.folder.path / "summary.json").read_text())["best_round"] == 2
@@ -81,17 +90,34 @@ def test_result_is_the_best_round(make_runner, losses, asked):
 
 @pytest.mark.parametrize("unseen", [{"eval_dataset": None}, {"eval_rounds": 0}], ids=str)
 def test_without_evaluated_rounds_the_result_is_the_last_one(make_runner, capsys, unseen):
-    runner = make_runner(num_rounds=2, local_steps=1, **unseen)
+    runner = make_runner(num_rounds=2, **SHORT, **unseen)
     assert runner.train().best_round is None
     said = "result: the last round; without held-out text (`eval_dataset`) nothing says whether another is better"
     assert (said in capsys.readouterr().out) == ("eval_dataset" in unseen)
 
 
 def test_result_of_the_last_round_if_it_is_asked_for(make_runner, losses):
-    runner, watch = watched(make_runner, losses, LOSSES[:4], load_best_model_at_end=False)
-    assert runner.train().best_round is None
+    """The best round is known all the same, so patience ends the run."""
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    runner, watch = watched(make_runner, losses, callbacks=[stop], load_best_model_at_end=False)
+    summary = runner.train()
+    assert summary.best_round is None and summary.rounds == 4
     assert_result_is(runner, watch.client[3], watch.emulator[3])
     assert watch.told[-1] == (2, 2.0)  # as a trainer's state does
+
+
+@pytest.mark.parametrize(
+    "settings, best",
+    [
+        ({"metric_for_best_model": "eval_adap_emu_token_accuracy"}, 4),
+        # These are a trainer's own, which would refuse them together with `load_best_model_at_end`.
+        ({"eval_rounds": 3, "save_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 7}, 3),
+    ],
+    ids=str,
+)
+def test_settings(make_runner, losses, settings, best):
+    runner, _ = watched(make_runner, losses, LOSSES[:4], **settings)
+    assert runner.train().best_round == best
 
 
 @pytest.mark.parametrize(
@@ -101,15 +127,16 @@ def test_result_of_the_last_round_if_it_is_asked_for(make_runner, losses):
         ({"metric_for_best_model": "loss"}, 2),
         ({"metric_for_best_model": "eval_adap_fu_token_accuracy"}, 2),
         ({"metric_for_best_model": "eval_adap_fu_loss", "greater_is_better": True}, 1),
-        ({"metric_for_best_model": "eval_adap_emu_token_accuracy"}, 4),
-        ({"eval_rounds": 3}, 3),
-        ({"save_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 7}, 2),
     ],
     ids=str,
 )
-def test_metrics(make_runner, losses, settings, best):
-    runner, _ = watched(make_runner, losses, LOSSES[:4], **settings)
-    assert runner.train().best_round == best
+def test_metrics(make_args, settings, best):
+    """Without a run: which of the records of `LOSSES` the round loop keeps."""
+    selection = choose_selection(make_args(load_best_model_at_end=True, **settings), [""], [])
+    loop = RoundLoop(SimpleNamespace(client_lora={}, emulator_lora={}), None, None, None, None, selection=selection)
+    for number, loss in enumerate(LOSSES[:4], start=1):
+        loop._keep_best(RoundRecord(number, adap_fu_loss=loss, adap_fu_token_accuracy=1 / loss))
+    assert loop.best.server_round == best
 
 
 def test_metric_of_one_of_several_sets(make_runner):
@@ -174,13 +201,6 @@ def test_patience_goes_on_after_a_resume(make_runner, losses, stopped_after):
     assert again.train().rounds == 4 and len(watch.client) == 4 - stopped_after
 
 
-def test_patience_without_keeping_the_best(make_runner, losses):
-    stop = EarlyStoppingCallback(early_stopping_patience=1)
-    runner, watch = watched(make_runner, losses, callbacks=[stop], load_best_model_at_end=False)
-    assert runner.train().rounds == 3
-    assert_result_is(runner, watch.client[2], watch.emulator[2])
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -219,15 +239,24 @@ def test_best_round_of_another_metric_is_another_run(make_runner, losses):
 
 
 @pytest.fixture
-def warned(make_runner, losses, caplog, monkeypatch):
+def warnings(caplog, monkeypatch):
+    """Gives what has been said of AdapFu's loss so far."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")
+    return lambda: [record.message for record in caplog.records if "AdapFu's loss" in record.message]
 
-    def run(values, zero_shot=9.0, **settings):
-        settings = {"num_rounds": len(values), "local_steps": 1, "log_level": "warning", **settings}
-        losses(make_runner(**settings), values, zero_shot).train()
-        return [record.message for record in caplog.records if "AdapFu's loss" in record.message]
 
-    return run
+@pytest.fixture
+def warned(warnings):
+    """Gives what is said of rounds with these losses of AdapFu, `None` where a round was not evaluated. Without a run."""
+
+    def show(values, zero_shot=9.0):
+        observer = WarnOfNoGain([], keeps_best_round=True)
+        for number, loss in enumerate(values, start=1):
+            observer.on_round_end(RoundRecord(number, adap_fu_loss=loss, zero_shot_loss=zero_shot))
+        return warnings()
+
+    return show
 
 
 def test_worse_than_zero_shot_is_said_once(warned):
@@ -240,6 +269,36 @@ def test_worse_than_zero_shot_is_said_once(warned):
         assert advice in message
 
 
+def test_worse_than_its_best_round_is_said(warned):
+    [message] = warned([2.0, 1.0, 1.1, 1.2, 1.1, 1.1])
+    assert "(1.1000) has been worse than after round 2 (1.0000) for 3 evaluated rounds in a row" in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [2.0, 1.0, 1.1, 0.9, 1.0, 0.8],
+        [2.0, 2.0, 2.0, 2.0],
+        [None, 2.1, None, 2.3, 2.4],
+    ],
+    ids=["gains", "level", "two evaluations after the best"],
+)
+def test_nothing_is_said_of(warned, values):
+    assert warned(values) == []
+
+
+@pytest.fixture
+def warned_by_run(make_runner, losses, warnings):
+    """Gives what a run with these losses of AdapFu has said."""
+
+    def run(values, **settings):
+        settings = {"num_rounds": len(values), "log_level": "warning", **SHORT, **settings}
+        losses(make_runner(**settings), values).train()
+        return warnings()
+
+    return run
+
+
 @pytest.mark.parametrize(
     "keeps, result",
     [
@@ -247,29 +306,11 @@ def test_worse_than_zero_shot_is_said_once(warned):
         (False, "The run ends with its last round: `load_best_model_at_end=True` would keep the best."),
     ],
 )
-def test_a_warning_says_which_round_is_the_result(warned, keeps, result):
-    [message] = warned([1.0, 2.1, 2.2, 2.3], load_best_model_at_end=keeps)
+def test_a_warning_says_which_round_is_the_result(warned_by_run, keeps, result):
+    [message] = warned_by_run([1.0, 2.1, 2.2, 2.3], load_best_model_at_end=keeps)
     assert message.endswith(result)
 
 
-def test_worse_than_its_best_round_is_said(warned):
-    [message] = warned([2.0, 1.0, 1.1, 1.2, 1.1, 1.1])
-    assert "(1.1000) has been worse than after round 2 (1.0000) for 3 evaluated rounds in a row" in message
-
-
-def test_it_counts_across_a_resume(warned):
-    assert warned([2.0, 2.1, 2.2, 2.3], num_rounds=2) == []
-    assert len(warned([2.0, 2.1, 2.2, 2.3], num_rounds=4, resume_from_checkpoint=True)) == 1
-
-
-@pytest.mark.parametrize(
-    "values, settings",
-    [
-        ([2.0, 1.0, 1.1, 0.9, 1.0, 0.8], {}),
-        ([2.0, 2.0, 2.0, 2.0], {}),
-        ([2.0, 2.1, 2.2, 2.3, 2.4], {"eval_rounds": 2}),
-    ],
-    ids=["gains", "level", "two evaluations"],
-)
-def test_nothing_is_said_of(warned, values, settings):
-    assert warned(values, **settings) == []
+def test_it_counts_across_a_resume(warned_by_run):
+    assert warned_by_run([2.0, 2.1, 2.2, 2.3], num_rounds=2) == []
+    assert len(warned_by_run([2.0, 2.1, 2.2, 2.3], num_rounds=4, resume_from_checkpoint=True)) == 1

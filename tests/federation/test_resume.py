@@ -1,3 +1,4 @@
+import functools
 import json
 import logging
 import os
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_PUBLIC_TEXT, sums
+from conftest import ALL_PUBLIC_TEXT, assert_same, sums
 from transformers import TrainerCallback
 
 from fedbiot_trainer.federation.interruption import RunInterrupted
+from fedbiot_trainer.federation.resume import find_state
 from fedbiot_trainer.federation.state import FederationState
 from fedbiot_trainer.output.run_folder import RunFolder
 
@@ -30,6 +32,7 @@ class StopAfter(TrainerCallback):
         self.server_round = server_round
 
     def on_save(self, args, state, control, **kwargs):
+        self.folder = args.output_dir
         if state.global_step == self.server_round:
             raise ConnectionError("the power is gone")
 
@@ -50,16 +53,30 @@ def assert_same_run(one, other):
         assert a == b, name
 
 
+@pytest.fixture(scope="module")
+def whole(shared_run):
+    """The run that nothing has stopped."""
+    return shared_run(**SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def after_crash(shared_run):
+    """Gives the folder of a run that crashed in a round."""
+
+    @functools.cache
+    def folder(server_round):
+        stop = StopAfter(server_round)
+        with pytest.raises(ConnectionError):
+            shared_run(callbacks=[stop], **SETTINGS)
+        return stop.folder
+
+    return folder
+
+
 @pytest.fixture
-def whole(make_runner, tmp_path):
-    runner = make_runner(output_dir=str(tmp_path / "whole"), **SETTINGS)
-    runner.train()
-    return runner
-
-
-def crash(make_runner, server_round, **changes):
-    with pytest.raises(ConnectionError):
-        make_runner(callbacks=[StopAfter(server_round)], **{**SETTINGS, **changes}).train()
+def crash(after_crash, tmp_path):
+    """Have a run crash in a round in the folder that `make_runner` uses. In truth a copy of the one that did."""
+    return lambda server_round: shutil.copytree(after_crash(server_round), tmp_path / "run")
 
 
 def resumed(make_runner, checkpoint=True, **changes):
@@ -69,14 +86,14 @@ def resumed(make_runner, checkpoint=True, **changes):
 
 
 @pytest.mark.parametrize("server_round", [1, 2, 3])
-def test_a_resumed_run_ends_with_the_same_bits(make_runner, whole, server_round):
-    crash(make_runner, server_round)
+def test_a_resumed_run_ends_with_the_same_bits(make_runner, crash, whole, server_round):
+    crash(server_round)
     assert_same_run(resumed(make_runner), whole)
 
 
 def test_a_finished_run_can_be_resumed(make_runner, whole, tmp_path):
-    again = resumed(make_runner, output_dir=str(tmp_path / "whole"))
-    assert_same_run(again, whole)
+    shutil.copytree(whole.folder.path, tmp_path / "run")
+    assert_same_run(resumed(make_runner), whole)
 
 
 def test_a_round_goes_on_after_its_first_client(make_runner, whole, monkeypatch):
@@ -139,20 +156,19 @@ def test_signal_while_evaluating(make_runner, whole, monkeypatch):
 
 def test_more_rounds(make_runner, tmp_path):
     """With constant schedules, a finished run goes on as if it had been longer from the start."""
-    long = make_runner(output_dir=str(tmp_path / "long"), num_rounds=4, **ALL_PUBLIC_TEXT)
+    long = make_runner(output_dir=str(tmp_path / "long"), num_rounds=2, **ALL_PUBLIC_TEXT)
     long.train()
-    make_runner(num_rounds=2, **ALL_PUBLIC_TEXT).train()
-    more = make_runner(num_rounds=4, resume_from_checkpoint=True, logging_steps=3, **ALL_PUBLIC_TEXT)
+    make_runner(num_rounds=1, **ALL_PUBLIC_TEXT).train()
+    more = make_runner(num_rounds=2, resume_from_checkpoint=True, logging_steps=3, **ALL_PUBLIC_TEXT)
     more.train()
     for key, tensor in long.server.client_lora.items():
         assert torch.equal(more.server.client_lora[key], tensor)
     losses = [[record["adap_fu_loss"] for record in numbers_of(runner)] for runner in (more, long)]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
-def test_a_damaged_state_is_noticed(make_runner, whole, caplog, monkeypatch):
-    crash(make_runner, 2)
-    newest = sorted((Path(whole.folder.path).parent / "run" / "state").glob("round-*"))[-1]
+def test_a_damaged_state_is_noticed(make_runner, crash, whole, caplog, monkeypatch):
+    newest = sorted((crash(2) / "state").glob("round-*"))[-1]
     content = bytearray(newest.read_bytes())
     content[-5] ^= 255
     newest.write_bytes(content)
@@ -180,15 +196,16 @@ def test_a_record_is_never_there_without_its_state(make_runner, whole, monkeypat
 
 
 def test_the_newest_states_are_kept(make_runner):
-    runner = make_runner(num_rounds=5, save_total_limit=3)
+    short = {"client_datasets": {"north": sums(0, 4)}, "local_steps": 1, "eval_dataset": None}
+    runner = make_runner(num_rounds=5, save_total_limit=3, **short)
     runner.train()
     assert [file.name for file in sorted(runner.folder.state.iterdir())] == [
         f"round-{i:06}-0000.safetensors" for i in (3, 4, 5)
     ]
 
 
-def test_clients_join_and_leave(make_runner):
-    crash(make_runner, 2, client_datasets={"north": sums(0, 8), "south": sums(8, 12)})
+def test_clients_join_and_leave(make_runner, crash):
+    crash(2)  # of north and south
     again = resumed(make_runner, client_datasets={"north": sums(0, 8), "west": sums(12, 14)})
     records = numbers_of(again)
     assert [list(record["weights"]) for record in records] == [["north", "south"]] * 2 + [["north", "west"]]
@@ -196,14 +213,20 @@ def test_clients_join_and_leave(make_runner):
     assert again.server.client_steps == {"north": 9, "south": 6, "west": 3}
 
 
-def test_a_path_of_another_folder(make_runner, whole, tmp_path):
-    crash(make_runner, 2)
-    for checkpoint in ("run", "run/state", "run/state/round-000002-0000.safetensors"):
-        again = resumed(make_runner, str(tmp_path / checkpoint), output_dir=str(tmp_path / "on"))
-        assert again.summary.rounds == 3
-        for key, tensor in whole.server.client_lora.items():
-            assert torch.equal(again.server.client_lora[key], tensor), (checkpoint, key)
-        shutil.rmtree(again.folder.path)
+def test_a_path_of_another_folder(make_runner, after_crash, whole):
+    """Or of its states, or of one of them, which give the state that the folder gives."""
+    crashed = Path(after_crash(2))
+    again = resumed(make_runner, str(crashed))
+    assert again.summary.rounds == 3
+    assert_same_run(again, whole)
+    expected = find_state(again.folder, str(crashed))
+    assert [record.server_round for record in expected.records] == [1, 2]
+    for path in (crashed / "state", crashed / "state" / "round-000002-0000.safetensors"):
+        state = find_state(again.folder, str(path))
+        for name in ("client_lora", "emulator_lora"):
+            assert_same(getattr(state, name), getattr(expected, name))
+        for name in ("server_round", "alignment_steps", "client_steps", "records", "open_round", "settings"):
+            assert getattr(state, name) == getattr(expected, name), (path, name)
 
 
 def test_a_run_without_a_state_yet_starts(make_runner, whole, caplog, monkeypatch):
@@ -225,48 +248,46 @@ def test_a_run_without_a_state_yet_starts(make_runner, whole, caplog, monkeypatc
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_run_is_refused(make_runner, changes, message):
-    crash(make_runner, 2)
+def test_another_run_is_refused(make_runner, crash, changes, message):
+    crash(2)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         resumed(make_runner, **changes)
 
 
-def test_same_batches_cut_otherwise_are_the_same_run(make_runner):
-    crash(make_runner, 2)
+def test_same_batches_cut_otherwise_are_the_same_run(make_runner, crash):
+    crash(2)
     again = resumed(make_runner, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert again.summary.rounds == 3
 
 
-def test_nothing_to_resume_from(make_runner, tmp_path):
+def test_nothing_to_resume_from(make_runner, whole, tmp_path):
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is '.*nowhere', but there is no state of a run"):
         resumed(make_runner, str(tmp_path / "nowhere"))
-    runner = make_runner(**SETTINGS, output_dir=str(tmp_path / "old"))
-    runner.train()
-    shutil.rmtree(runner.folder.state)
+    shutil.copytree(whole.folder.path, tmp_path / "old")
+    shutil.rmtree(tmp_path / "old" / "state")
     with pytest.raises(ValueError, match="holds the results of a run without its state"):
         resumed(make_runner, output_dir=str(tmp_path / "old"))
 
 
-def test_every_state_is_damaged(make_runner, tmp_path):
-    crash(make_runner, 2)
-    for file in (tmp_path / "run" / "state").iterdir():
+def test_every_state_is_damaged(make_runner, crash):
+    for file in (crash(2) / "state").iterdir():
         file.write_bytes(b"x")
     with pytest.raises(ValueError, match="every state in '.*' is damaged"):
         resumed(make_runner)
 
 
-def test_two_runs_on_one_folder(make_runner, tmp_path):
-    other = RunFolder(make_runner().args, None)
+def test_two_runs_on_one_folder(make_args, make_runner):
+    other, runner = RunFolder(make_args(), None), make_runner(num_rounds=1, local_steps=1)
     other.claim()
     with pytest.raises(ValueError, match="in which another run is going on"):
-        make_runner().train()
+        runner.train()
     other.release()
-    make_runner(num_rounds=1).train()
+    runner.train()
 
 
-def test_what_came_meanwhile_is_not_deleted(make_runner, tmp_path):
+def test_what_came_meanwhile_is_not_deleted(make_runner, whole, tmp_path):
     late = make_runner()
-    make_runner(num_rounds=1).train()
+    shutil.copytree(whole.folder.path, tmp_path / "run", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="holds another run"):
         late.train()
     assert (tmp_path / "run" / "summary.json").exists()
@@ -275,7 +296,7 @@ def test_what_came_meanwhile_is_not_deleted(make_runner, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--kills", "4"], id="one process"),
+        pytest.param(["--kills", "4", "--num_rounds", "2"], id="one process"),
         pytest.param(["--kills", "10", "--seed", "1"], marks=pytest.mark.slow, id="one process, ten times"),
         pytest.param(["--kills", "10", "--save_after_clients"], marks=pytest.mark.slow, id="after each client"),
         pytest.param(["--kills", "10", "--processes", "2"], marks=pytest.mark.slow, id="two processes"),

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +27,12 @@ WORDS = Dataset.from_dict({"prompt": ["a="], "completion": ["b"]})
 def numbers_of(runner):
     """Everything in the rounds but what differs from run to run."""
     return [{key: value for key, value in record.items() if key != "seconds"} for record in rounds_of(runner)]
+
+
+@pytest.fixture(scope="module")
+def plain(shared_run):
+    """The run of `make_runner()`, for what must not make it another one."""
+    return shared_run()
 
 
 # ---- a run, whole
@@ -170,7 +177,7 @@ def test_nothing_dropped_makes_adap_emu_equal_adap_fu(make_runner):
 def test_frozen_tensors_are_bit_identical(make_runner, model_type, dtype, tied):
     model = tiny_model(model_type, dtype=dtype, tie_word_embeddings=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runner = make_runner(model=model, num_rounds=3)
+    runner = make_runner(model=model, num_rounds=1)
     client = runner.server.client_lora
     runner.train()
     assert_same(model.state_dict(), before)
@@ -208,23 +215,21 @@ def test_one_client_in_one_round_is_plain_sft(make_runner, tokenizer, tmp_path):
     assert all(torch.allclose(result[key], trained[key], rtol=0, atol=HALF_THE_DIGITS) for key in trained)
 
 
-def test_same_seed_same_run(make_runner, tmp_path):
-    one, two = (make_runner(output_dir=str(tmp_path / name)) for name in "ab")
-    one.train()
-    two.train()
-    assert numbers_of(one) == numbers_of(two)
-    assert_same(one.server.client_lora, two.server.client_lora)
-    other = make_runner(output_dir=str(tmp_path / "c"), seed=7)
+def test_same_seed_same_run(make_runner, plain, tmp_path):
+    """In whatever order the clients are named."""
+    again = make_runner(client_datasets={"south": sums(8, 12), "north": sums(0, 8)})
+    assert list(again.clients) == list(reversed(plain.clients))
+    again.train()
+    assert numbers_of(again) == numbers_of(plain)
+    assert_same(again.server.client_lora, plain.server.client_lora)
+    other = make_runner(output_dir=str(tmp_path / "other"), seed=7)
     other.train()
-    assert numbers_of(other) != numbers_of(one)
+    assert numbers_of(other) != numbers_of(plain)
 
 
-def test_nothing_depends_on_what_the_other_party_left(make_runner, tmp_path, monkeypatch):
+def test_nothing_depends_on_what_the_other_party_left(make_runner, plain, monkeypatch):
     """Scribble over both LoRAs of the shared modules before each step of either party: the same run."""
-    plain = make_runner(output_dir=str(tmp_path / "plain"))
-    plain.train()
-
-    runner = make_runner(output_dir=str(tmp_path / "scribbled"))
+    runner = make_runner()
     models = runner.server.models
 
     def scribble():
@@ -253,7 +258,7 @@ def test_nothing_depends_on_what_the_other_party_left(make_runner, tmp_path, mon
 
 
 def test_all_that_crosses_the_line_is_bytes(make_runner, monkeypatch):
-    runner = make_runner()
+    runner = make_runner(local_steps=1)
     seen = []
     for client in runner.clients.values():
 
@@ -271,26 +276,17 @@ def test_all_that_crosses_the_line_is_bytes(make_runner, monkeypatch):
     assert update.num_examples == 24
 
 
-def test_order_of_clients_does_not_matter(make_runner, tmp_path):
-    data = {"north": sums(0, 8), "south": sums(8, 12)}
-    one = make_runner(client_datasets=data, output_dir=str(tmp_path / "a"))
-    two = make_runner(client_datasets=dict(reversed(data.items())), output_dir=str(tmp_path / "b"))
-    one.train()
-    two.train()
-    assert_same(one.server.client_lora, two.server.client_lora)
-
-
 # ---- settings
 
 
 def test_clients_are_sampled(make_runner):
     data = {f"c{i}": sums(i, i + 3) for i in range(5)}
-    runner = make_runner(client_datasets=data, fraction_train=0.4, num_rounds=4, eval_rounds=0)
+    runner = make_runner(client_datasets=data, fraction_train=0.4, num_rounds=4, local_steps=2, eval_dataset=None)
     runner.train()
     sampled = [tuple(record["client_losses"]) for record in rounds_of(runner)]
     assert all(len(names) == 2 for names in sampled)
     assert len(set(sampled)) > 1
-    steps = {name: 3 * sum(name in names for names in sampled) for name in data}
+    steps = {name: 2 * sum(name in names for names in sampled) for name in data}
     assert runner.server.client_steps == {name: number for name, number in steps.items() if number}
 
 
@@ -302,7 +298,7 @@ def test_train_dataset_is_partitioned(make_runner):
 
 
 def test_evaluation_every_few_rounds(make_runner):
-    runner = make_runner(num_rounds=5, eval_rounds=2, alignment_steps=0)
+    runner = make_runner(num_rounds=5, eval_rounds=2, alignment_steps=0, local_steps=1)
     runner.train()
     assert [r["server_round"] for r in rounds_of(runner) if r["adap_fu_loss"] is not None] == [2, 4, 5]
     assert all(record["alignment_l2"] is None for record in rounds_of(runner))
@@ -330,13 +326,13 @@ def test_callbacks_see_a_round_as_a_step(make_runner):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append(sorted(logs)[0])
 
-    runner = make_runner(callbacks=[Recorder()], num_rounds=5)
+    runner = make_runner(callbacks=[Recorder()], num_rounds=5, local_steps=1)
     runner.train()
     assert seen == ["alignment_kl", 1, "alignment_kl", 2]
     assert len(rounds_of(runner)) == 2
 
 
-def test_push_to_hub(make_runner, monkeypatch):
+def test_push_to_hub(plain, monkeypatch):
     pushed = {}
 
     class Api:
@@ -356,11 +352,9 @@ def test_push_to_hub(make_runner, monkeypatch):
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr("fedbiot_trainer.output.hub.HfApi", Api)
-    runner = make_runner()
-    runner.train()
     with pytest.raises(ValueError, match="`repo_id` is None and `hub_model_id` is not set"):
-        runner.push_to_hub()
-    assert runner.push_to_hub("me/lora", private=True, token="t") == "https://hub/me/lora"
+        plain.push_to_hub()
+    assert plain.push_to_hub("me/lora", private=True, token="t") == "https://hub/me/lora"
     assert pushed == {
         "token": "t", "private": True,
         "files": [
@@ -373,19 +367,15 @@ def test_push_to_hub(make_runner, monkeypatch):
 # ---- what must not be used, and what cannot work
 
 
-def spoil(change):
-    """Make client 'south' answer something else from round 2 on."""
+def spoil(client, change):
+    """Make a client answer something else from round 2 on."""
+    fit, like = client.fit, client.trainer.model
 
-    def spoiled(client):
-        fit, like = client.fit, client.trainer.model
+    def answer(payload):
+        update = ClientUpdate.from_bytes(fit(payload), client_lora=get_lora_state(like, "client"))
+        return update.to_bytes() if update.server_round == 1 else change(update)
 
-        def answer(payload):
-            update = ClientUpdate.from_bytes(fit(payload), client_lora=get_lora_state(like, "client"))
-            return update.to_bytes() if update.server_round == 1 else change(update)
-
-        client.fit = answer
-
-    return spoiled
+    client.fit = answer
 
 
 def with_state(update, change):
@@ -408,37 +398,53 @@ def with_fields(update, **fields):
 BAD_UPDATES = {
     "truncated": (lambda update: update.to_bytes()[:-10], "truncated or altered"),
     "altered": (altered, "truncated or altered"),
-    "another round": (lambda update: with_fields(update, server_round=1), "from round 1, but this is round 2"),
-    "another client": (lambda update: with_fields(update, client="north"), "signed by client 'north'"),
-    "wrong shape": (lambda update: with_state(update, lambda t: t[:-1]), "expected shape [4, 48]"),
-    "wrong dtype": (lambda update: with_state(update, lambda t: t.half()), "torch.float16"),
-    "not finite": (lambda update: with_state(update, lambda t: t * float("nan")), "not finite"),
-    "loss not finite": (
+    "another-round": (lambda update: with_fields(update, server_round=1), "from round 1, but this is round 2"),
+    "another-client": (lambda update: with_fields(update, client="north"), "signed by client 'north'"),
+    "wrong-shape": (lambda update: with_state(update, lambda t: t[:-1]), "expected shape [4, 48]"),
+    "wrong-dtype": (lambda update: with_state(update, lambda t: t.half()), "torch.float16"),
+    "not-finite": (lambda update: with_state(update, lambda t: t * float("nan")), "not finite"),
+    "loss-not-finite": (
         lambda update: with_fields(update, metrics={"loss": float("inf")}),
         "expected a finite number",
     ),
-    "not a payload": (lambda update: b"hello", "not a FedBiOT payload"),
+    "not-a-payload": (lambda update: b"hello", "not a FedBiOT payload"),
 }
 
 
+@pytest.fixture(scope="module")
+def run_with_bad_updates(shared_run):
+    """A good client, north, and one for each kind of bad update."""
+
+    def prepare(runner):
+        for kind, (change, _) in BAD_UPDATES.items():
+            spoil(runner.clients[kind], change)
+
+    data = {"north": sums(0, 8), **{kind: sums(8, 10) for kind in BAD_UPDATES}}
+    return shared_run(prepare, client_datasets=data, num_rounds=3, local_steps=1)
+
+
 @pytest.mark.parametrize("kind", BAD_UPDATES)
-def test_bad_update_is_refused_and_the_round_goes_on(make_runner, kind):
-    change, reason = BAD_UPDATES[kind]
-    runner = make_runner(num_rounds=3)
-    spoil(change)(runner.clients["south"])
-    runner.train()
-    records = rounds_of(runner)
-    assert [list(record["client_losses"]) for record in records] == [["north", "south"], ["north"], ["north"]]
-    assert list(records[1]["refused"]) == ["south"]
-    assert reason in records[1]["refused"]["south"]
-    assert all(torch.isfinite(tensor).all() for tensor in runner.server.client_lora.values())
+def test_bad_update_is_refused(run_with_bad_updates, kind):
+    first, second, third = rounds_of(run_with_bad_updates)
+    assert kind in first["client_losses"]
+    assert BAD_UPDATES[kind][1] in second["refused"][kind]
+    assert kind in third["refused"]
+
+
+def test_rounds_go_on_without_bad_updates(run_with_bad_updates):
+    first, *others = rounds_of(run_with_bad_updates)
+    assert first["client_losses"].keys() == {"north", *BAD_UPDATES} and first["refused"] == {}
+    for record in others:
+        assert list(record["client_losses"]) == ["north"]
+        assert record["refused"].keys() == BAD_UPDATES.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in run_with_bad_updates.server.client_lora.values())
 
 
 @pytest.mark.figures
 def test_rounds_without_a_valid_update_stop_the_run(make_runner):
-    runner = make_runner(num_rounds=9)
+    runner = make_runner(num_rounds=9, local_steps=1)
     for client in runner.clients.values():
-        spoil(BAD_UPDATES["not finite"][0])(client)
+        spoil(client, BAD_UPDATES["not-finite"][0])
     with pytest.raises(RuntimeError, match="In 3 rounds in a row, fewer than 1 clients .*'north': .*not finite"):
         runner.train()
     records = rounds_of(runner)
@@ -448,7 +454,7 @@ def test_rounds_without_a_valid_update_stop_the_run(make_runner):
     result = PeftModel.from_pretrained(tiny_model(), runner.folder.path / "client_lora")
     saved = runner.server.models.split.to_emulator(get_lora_state(result, "default"))
     assert_same(saved, runner.server.client_lora)
-    assert runner.server.client_steps == {"north": 3, "south": 3}
+    assert runner.server.client_steps == {"north": 1, "south": 1}
 
 
 def test_second_update_of_a_client_is_refused(make_runner):
@@ -470,13 +476,12 @@ def test_client_refuses_a_bad_start(make_runner):
         client.fit(foreign)
 
 
-def test_folder_of_another_run_is_refused(make_runner):
-    runner = make_runner()
-    runner.train()
+def test_folder_of_another_run_is_refused(make_runner, plain, tmp_path):
+    shutil.copytree(plain.folder.path, tmp_path / "run")
     with pytest.raises(ValueError, match="`output_dir` is .* holds another run .*`overwrite_output_dir=True`"):
         make_runner()
-    again = make_runner(overwrite_output_dir=True, num_rounds=1)
-    assert len(rounds_of(runner)) == 2  # nothing is deleted before training starts
+    again = make_runner(overwrite_output_dir=True, num_rounds=1, local_steps=1)
+    assert len(rounds_of(again)) == 2  # nothing is deleted before training starts
     again.train()
     assert len(rounds_of(again)) == 1
 
@@ -556,11 +561,12 @@ def lengths(folder, result):
 
 def test_metric_of_the_users(make_runner, tmp_path):
     result = "{'number': len(references), 'all': list(map(len, references)), 'loss': -1.0}"
-    summary = make_runner(num_rounds=1, eval_metric=lengths(tmp_path, result), eval_max_new_tokens=2).train()
+    settings = {"eval_metric": lengths(tmp_path, result), "eval_max_new_tokens": 2}
+    summary = make_runner(num_rounds=1, local_steps=1, eval_dataset=sums(50, 52), **settings).train()
     for name in ("zero_shot", "adap_emu", "adap_fu"):
         scores = getattr(summary, name)
         assert list(scores) == ["loss", "token_accuracy", "number"]
-        assert scores["number"] == 15
+        assert scores["number"] == 6
         assert scores["loss"] > 0
 
 
@@ -576,7 +582,7 @@ def test_generated_code_is_run(make_runner):
     """The prompt would pass the tests, and no completion of this model's does."""
     rows = {"prompt": ["x=1"] * 2, "completion": ["2"] * 2, "test_list": [["assert x == 1"], ["assert x", "assert 1"]]}
     settings = {"eval_metric": "pass_at_k", "eval_reference_column": "test_list", "eval_max_new_tokens": 3}
-    summary = make_runner(num_rounds=1, eval_dataset=Dataset.from_dict(rows), **settings).train()
+    summary = make_runner(num_rounds=1, local_steps=1, eval_dataset=Dataset.from_dict(rows), **settings).train()
     assert [getattr(summary, name)["pass_at_1"] for name in ("zero_shot", "adap_emu", "adap_fu")] == [0, 0, 0]
 
 
@@ -604,16 +610,14 @@ def test_loaded_model_needs_a_tokenizer(make_args):
         FederatedRunner(tiny_model(), make_args(), {"a": sums(0, 2)}, public_dataset=sums(0, 2))
 
 
-def test_a_runner_trains_once(make_runner):
-    runner = make_runner(num_rounds=1)
-    runner.train()
-    with pytest.raises(ValueError, match="This runner has trained 1 rounds"):
-        runner.train()
-    assert len(rounds_of(runner)) == 1
+def test_a_runner_trains_once(plain):
+    with pytest.raises(ValueError, match="This runner has trained 2 rounds"):
+        plain.train()
+    assert len(rounds_of(plain)) == 2
 
 
 def test_settings_that_json_does_not_know(make_runner):
-    runner = make_runner(num_rounds=1, model_init_kwargs={"dtype": torch.float32})
+    runner = make_runner(num_rounds=1, local_steps=1, eval_dataset=None, model_init_kwargs={"dtype": torch.float32})
     assert "float32" in runner.train().settings["model_init_kwargs"]["dtype"]
 
 
@@ -636,18 +640,17 @@ def test_settings_without_effect_are_named(make_runner, caplog, monkeypatch):
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_how_it_is_computed_changes_nothing(make_runner, setting):
-    expected = make_runner().train()
-    summary = make_runner(output_dir=f"{expected.settings['output_dir']}-2", **setting).train()
+def test_how_it_is_computed_changes_nothing(make_runner, plain, setting):
+    summary = make_runner(**setting).train()
     for name in ("adap_emu", "adap_fu"):
-        assert getattr(summary, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+        assert getattr(summary, name) == pytest.approx(getattr(plain.summary, name), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "setting", [{"packing_strategy": "wrapped"}, {"packing_strategy": "bfd"}], ids=["wrapped", "bfd"]
 )
 def test_clients_pack_their_texts(make_runner, setting):
-    runner = make_runner(packing=True, max_length=32, local_steps=15, **setting)
+    runner = make_runner(packing=True, max_length=32, num_rounds=1, local_steps=15, **setting)
     assert len(runner.clients["north"].train_dataset) < 24
     assert runner.clients["north"].num_examples == 24  # the weight in the average
     losses = runner.train()
