@@ -115,7 +115,7 @@ def test_client_step_trains_the_client_lora_alone(make_args, package, tokenizer)
 def test_proximal_term_holds_the_client_near_its_start(make_args, package, tokenizer):
     distances = {}
     for weight in (0.0, 1.0, 100.0):
-        args = make_args(proximal_weight=weight, local_steps=20)
+        args = make_args(proximal_weight=weight, local_steps=8)
         trainer = ClientSFTTrainer(package, args, sums(0, 8), processing_class=tokenizer)
         start = [b.detach() @ a.detach() for a, b in lora_factors(trainer.model, "client")[0]]
         trainer.train()
@@ -145,7 +145,7 @@ def test_client_evaluates_without_the_proximal_term(make_args, package, tokenize
 
 
 def test_client_alone(package, make_args, tokenizer, tmp_path, batch):
-    args = make_args(local_steps=20)
+    args = make_args(local_steps=8)
     trainer = ClientSFTTrainer(package, args, sums(0, 8), processing_class=tokenizer)
     before = trainer.evaluate(sums(0, 8))["eval_loss"]
     trainer.train()
