@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import os
@@ -232,6 +233,18 @@ def tiny_args(folder, **changes):
         **changes,
     }
     return FedBiOTConfig(**settings)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_full_collections():
+    """
+    Accelerate collects garbage at the start of every `train()`. Going through all that the libraries hold takes longer
+    than the few steps of a tiny model, so it is left to Python, and runs have nothing to keep out of it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.utils.memory.clear_device_cache", lambda garbage_collection=False: None)
+        patch.setattr("fedbiot_trainer.federation.runner.frozen_garbage", contextlib.nullcontext)
+        yield
 
 
 @pytest.fixture

@@ -124,7 +124,11 @@ def test_page_of_the_settings_is_up_to_date():
     assert script["settings_page"]() == script["PAGE"].read_text(), "run `python docs/settings.py`"
 
 
-ONE_ROUND = {"num_rounds": 1, "local_steps": 3, "eval_dataset": None, "gradient_accumulation_steps": 1}
+# One client and little public text: no more is needed to see a difference.
+ONE_ROUND = {
+    "num_rounds": 1, "local_steps": 3, "initial_alignment_steps": 2, "alignment_steps": 1, "eval_dataset": None,
+    "gradient_accumulation_steps": 1, "client_datasets": {"north": sums(0, 8)}, "client_zero_shot_examples": 0,
+}  # fmt: skip
 
 
 def trained_loras(make_runner, tmp_path, name, **settings):
@@ -140,7 +144,19 @@ def differ(one, other):
 
 @pytest.fixture(scope="module")
 def reference():
+    """The LoRAs of the run without any of the settings, by local steps and batch size: several tests ask for the same."""
     return {}
+
+
+@pytest.fixture
+def plain_loras(make_runner, tmp_path, reference):
+    def loras(local_steps=3, batch_size=4):
+        if (local_steps, batch_size) not in reference:
+            sizes = {"local_steps": local_steps, "per_device_train_batch_size": batch_size}
+            reference[local_steps, batch_size] = trained_loras(make_runner, tmp_path, "plain", **sizes)
+        return reference[local_steps, batch_size]
+
+    return loras
 
 
 # Where the effect is: False the client LoRA, True the emulator LoRA.
@@ -175,12 +191,10 @@ EFFECTS = [
 @pytest.mark.parametrize(
     "settings, where", EFFECTS, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
 )
-def test_what_is_used_changes_what_is_trained(make_runner, tmp_path, reference, settings, where):
-    if not reference:
-        reference |= trained_loras(make_runner, tmp_path, "reference")
-    base = reference
+def test_what_is_used_changes_what_is_trained(make_runner, tmp_path, plain_loras, settings, where):
+    base = plain_loras()
     if "per_device_train_batch_size" in settings and len(settings) > 1:
-        base = trained_loras(make_runner, tmp_path, "base", per_device_train_batch_size=7, local_steps=5)
+        base = plain_loras(local_steps=5, batch_size=7)
         settings = settings | {"local_steps": 5}
     loras = trained_loras(make_runner, tmp_path, "changed", **settings)
     assert where <= differ(loras, base)
@@ -190,11 +204,10 @@ def test_what_is_used_changes_what_is_trained(make_runner, tmp_path, reference, 
         assert differ(loras, base) == where
 
 
-def test_what_has_no_effect_changes_nothing(make_runner, tmp_path):
+def test_what_has_no_effect_changes_nothing(make_runner, tmp_path, plain_loras):
     settings = {name: another(FIELDS[name]) for name in WITHOUT}
     del settings["fp16_full_eval"]  # which Transformers refuses next to `bf16_full_eval`
-    plain = trained_loras(make_runner, tmp_path, "plain")
-    assert differ(trained_loras(make_runner, tmp_path, "changed", **settings), plain) == set()
+    assert differ(trained_loras(make_runner, tmp_path, "changed", **settings), plain_loras()) == set()
 
 
 def test_arguments_of_the_loader_reach_it(make_runner):
@@ -259,6 +272,6 @@ def test_tokenized_text_needs_no_setting(make_runner):
     """What `dataset_kwargs` is refused for works without it."""
     tokens = {"input_ids": [[3, 4, 5, 1]] * 8, "labels": [[-100, 4, 5, 1]] * 8}
     dataset = type(sums(0, 1)).from_dict(tokens)
-    runner = make_runner(client_datasets={"a": dataset}, **{**ONE_ROUND, "local_steps": 1})
+    runner = make_runner(**{**ONE_ROUND, "local_steps": 1, "client_datasets": {"a": dataset}})
     runner.train()
     assert runner.clients["a"].num_examples == 8

@@ -31,6 +31,29 @@ def run(make_args, tokenizer):
     return run
 
 
+@pytest.fixture(scope="module")
+def summaries():
+    return {}
+
+
+@pytest.fixture(scope="module")
+def runs_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def finished(run, summaries, runs_folder):
+    """The summary and the folder of a run of a method, one for all tests that only look at it."""
+
+    def finished(method):
+        folder = runs_folder / method
+        if method not in summaries:
+            summaries[method] = run(method, output_dir=str(folder), emulator_drop_ratio=0.5, eval_drift=True)
+        return summaries[method], folder
+
+    return finished
+
+
 def test_every_method_is_in_the_comparison_or_the_ablation():
     assert {*COMPARISON, *ABLATION} == METHODS.keys()
 
@@ -42,11 +65,11 @@ ADAPTER_LAYERS = {**BOTH_ENDS, "full_lora": list(range(8))}
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=pytest.mark.slow) if name == "fedbiot_paper" else name for name in METHODS]
 )  # of which that has 500 steps of alignment
-def test_every_method_runs(run, method, tmp_path):
-    summary = run(method, eval_drift=True)
+def test_every_method_runs(finished, method):
+    summary, folder = finished(method)
     assert list(summary.split.adapter_layers) == ADAPTER_LAYERS.get(method, [6, 7])
     assert summary.adap_fu["loss"] > 0
-    assert RunSummary.read(tmp_path / "run" / "summary.json") == summary
+    assert RunSummary.read(folder / "summary.json") == summary
     if method == "zero_shot":
         assert summary.adap_fu == summary.zero_shot
     else:
@@ -95,48 +118,44 @@ def test_fedbiot_as_in_the_papers_code(make_args):
     assert ours.proximal_weight == 1e-4
 
 
-def test_the_ceiling_differs_from_fedbiot_by_the_emulator_alone(run):
-    assert run("ceiling").adap_fu == pytest.approx(
-        run(
-            "fedbiot", emulator_drop_ratio=0.0, initial_alignment_steps=0, alignment_steps=0, overwrite_output_dir=True
-        ).adap_fu
-    )
+def test_the_ceiling_differs_from_fedbiot_by_the_emulator_alone(run, finished):
+    whole = run("fedbiot", emulator_drop_ratio=0.0, initial_alignment_steps=0, alignment_steps=0)
+    ceiling, _ = finished("ceiling")
+    assert ceiling.adap_fu == pytest.approx(whole.adap_fu)
 
 
-def test_fedbiot_is_the_plain_run(run, make_runner, tmp_path):
-    summary = run("fedbiot")
-    plain = make_runner(peft_config=LORA, output_dir=str(tmp_path / "plain")).train()
+def test_fedbiot_is_the_plain_run(finished, make_runner):
+    summary, _ = finished("fedbiot")
+    plain = make_runner(peft_config=LORA).train()
     assert summary.adap_fu == plain.adap_fu and summary.adap_emu == plain.adap_emu
 
 
-def test_clients_alone_see_nothing_of_each_other(run, make_runner, tmp_path):
-    summary = run("local_only")
+def test_clients_alone_see_nothing_of_each_other(finished, make_runner):
+    summary, _ = finished("local_only")
     assert summary.clients.keys() == DATA.keys()
     losses = [results["adap_fu"]["loss"] for results in summary.clients.values()]
     assert summary.adap_fu["loss"] == pytest.approx(sum(losses) / 2)
-    alone = make_runner(
-        client_datasets={"south": DATA["south"]}, peft_config=LORA, output_dir=str(tmp_path / "alone")
-    ).train()
+    alone = make_runner(client_datasets={"south": DATA["south"]}, peft_config=LORA).train()
     assert alone.adap_fu == summary.clients["south"]["adap_fu"]
     assert losses[0] != losses[1]
 
 
-def test_lora_on_all_layers_is_a_plain_peft_folder(run, make_args, tmp_path, batch):
-    model = tiny_model()
-    summary = run("full_lora", model=model)
+def test_lora_on_all_layers_is_a_plain_peft_folder(finished, tmp_path):
+    summary, folder = finished("full_lora")
     assert summary.parameters.client_share == 1
-    model.save_pretrained(tmp_path / "base")
+    tiny_model().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    tuned = PeftModel.from_pretrained(base, tmp_path / "run" / "client_lora")
+    tuned = PeftModel.from_pretrained(base, folder / "client_lora")
     assert len([name for name, _ in tuned.named_parameters() if "lora_A" in name]) == 8 * 7
-    assert not (tmp_path / "run" / "emulator_package" / "emulator_lora").exists()
+    assert not (folder / "emulator_package" / "emulator_lora").exists()
 
 
-def test_drift_is_zero_without_drops(run, tmp_path):
+def test_drift_is_zero_without_drops(run, finished, tmp_path):
     run("fedbiot", emulator_drop_ratio=0.0, eval_drift=True)
-    run("fedbiot", eval_drift=True, output_dir=str(tmp_path / "half"))
-    for folder, drifts in (("run", False), ("half", True)):
-        records = [json.loads(line) for line in (tmp_path / folder / "rounds.jsonl").read_text().splitlines()]
+    _, half = finished("fedbiot")
+    for folder, drifts in ((tmp_path / "run", False), (half, True)):
+        records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        assert len(records) == 2
         for record in records:
             assert (record["drift_l2"] > 1e-6) == (record["drift_kl"] > 1e-6) == drifts
 
@@ -166,9 +185,7 @@ def test_clients_alone_are_refused_under_deepspeed(make_args):
         run_method("local_only", tiny_model(), args, DATA)
 
 
-def test_methods_without_an_emulator_do_not_depend_on_the_drop_ratio(run):
+def test_methods_without_an_emulator_do_not_depend_on_the_drop_ratio(run, finished):
     for method in WITHOUT_EMULATOR:
-        results = [
-            run(method, emulator_drop_ratio=beta, overwrite_output_dir=True).adap_fu["loss"] for beta in (0.2, 0.5)
-        ]
-        assert results[0] == results[1]
+        half, _ = finished(method)
+        assert run(method, emulator_drop_ratio=0.2, overwrite_output_dir=True).adap_fu["loss"] == half.adap_fu["loss"]

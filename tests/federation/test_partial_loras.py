@@ -1,5 +1,7 @@
 """Client LoRAs that travel in part: with a fixed A, and of a smaller rank."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ALL_PUBLIC_TEXT, assert_same, random_lora, sums, tiny_model
@@ -47,6 +49,29 @@ def scribble(runner):
         client.fit = scribbled(client.fit)
 
 
+@pytest.fixture(scope="module")
+def runs():
+    return {}
+
+
+@pytest.fixture
+def finished(make_runner, runs, tmp_path_factory):
+    """
+    A finished run with some settings, one for all tests that only look at it: the `runner`, what it had `before`
+    (client LoRA and emulator LoRA), what has been `seen` of the payloads and the `summary`.
+    """
+
+    def finished(**settings):
+        if str(settings) not in runs:
+            runner = make_runner(output_dir=str(tmp_path_factory.mktemp("run")), **settings)
+            before, seen = (dict(runner.server.client_lora), dict(runner.server.emulator_lora)), watched(runner)
+            summary = runner.train()
+            runs[str(settings)] = SimpleNamespace(runner=runner, before=before, seen=seen, summary=summary)
+        return runs[str(settings)]
+
+    return finished
+
+
 def test_arrived_is_what_traveled():
     whole = random_lora({"x.lora_A.weight": torch.empty(4, 6), "x.lora_B.weight": torch.empty(5, 4)})
     assert_same(arrived(traveling(whole), whole), whole)
@@ -60,30 +85,27 @@ def test_arrived_is_what_traveled():
 # ---- a fixed A
 
 
-def test_fixed_a_never_travels_and_never_changes(make_runner):
-    runner = make_runner(freeze_a=True)
-    before, seen = dict(runner.server.client_lora), watched(runner)
-    summary = runner.train()
-    after = runner.server.client_lora
+def test_fixed_a_never_travels_and_never_changes(finished):
+    run = finished(freeze_a=True)
+    (before, _), after = run.before, run.runner.server.client_lora
     for key, tensor in after.items():
         assert torch.equal(tensor, before[key]) == is_a(key), key
-    assert b"lora_A" not in b"".join(reply for _, _, reply in seen)
-    assert summary.adap_emu["loss"] < summary.zero_shot["loss"]
+    assert len(run.seen) == 4
+    assert b"lora_A" not in b"".join(reply for _, _, reply in run.seen)
+    assert run.summary.adap_emu["loss"] < run.summary.zero_shot["loss"]
     # The folders hold the whole LoRA.
-    assert_same(EmulatorPackage.load(runner.folder.package).client_lora, after)
+    assert_same(EmulatorPackage.load(run.runner.folder.package).client_lora, after)
 
 
-def test_half_the_bytes(make_runner, tmp_path):
+def test_half_the_bytes(finished):
     sizes = []
     for freeze_a in (False, True):
-        runner = make_runner(freeze_a=freeze_a, num_rounds=1, output_dir=str(tmp_path / str(freeze_a)))
-        seen = watched(runner)
-        runner.train()
-        (down, up), (_, start, reply) = runner.server.payload_sizes(), seen[0]
+        run = finished(freeze_a=freeze_a, num_rounds=1)
+        (down, up), (_, start, reply) = run.runner.server.payload_sizes(), run.seen[0]
         assert abs(len(start) - down) < 50
         assert abs(len(reply) - up) < 150  # its name and metrics
         sizes.append((down, up))
-        state = runner.server.client_lora
+        state = run.runner.server.client_lora
     saved = sum(tensor.nbytes for key, tensor in state.items() if is_a(key))
     all_bytes = sum(tensor.nbytes for tensor in state.values())
     assert 0.3 < saved / all_bytes < 0.7
@@ -91,13 +113,11 @@ def test_half_the_bytes(make_runner, tmp_path):
         assert whole - part > saved  # and the names of its tensors
 
 
-def test_mean_of_b_is_the_mean_of_products(make_runner):
-    runner = make_runner(freeze_a=True, num_rounds=1)
-    seen = watched(runner)
-    runner.train()
-    after = runner.server.client_lora
+def test_mean_of_b_is_the_mean_of_products(finished):
+    run = finished(freeze_a=True, num_rounds=1)
+    after = run.runner.server.client_lora
     part = traveling(after, freeze_a=True)
-    updates = [ClientUpdate.from_bytes(reply, client_lora=part) for _, _, reply in seen]
+    updates = [ClientUpdate.from_bytes(reply, client_lora=part) for _, _, reply in run.seen]
     total = sum(update.num_examples for update in updates)
     for key in part:
         a = after[key.replace("lora_B", "lora_A")].double()
@@ -125,17 +145,16 @@ def test_fixed_a_with_other_rules(make_runner, aggregation):
         assert torch.equal(tensor, before[key]) == is_a(key), key
 
 
-def test_fixed_a_does_not_depend_on_what_the_modules_hold(make_runner, tmp_path):
-    plain, scribbled = (make_runner(freeze_a=True, output_dir=str(tmp_path / name)) for name in "ab")
-    plain.train()
+def test_fixed_a_does_not_depend_on_what_the_modules_hold(make_runner, finished, tmp_path):
+    plain = finished(freeze_a=True).runner
+    scribbled = make_runner(freeze_a=True, output_dir=str(tmp_path / "scribbled"))
     scribble(scribbled)
     scribbled.train()
     assert_same(scribbled.server.client_lora, plain.server.client_lora)
 
 
-def test_client_trainer_alone_fixes_a(make_runner, make_args, tokenizer, tmp_path):
-    runner = make_runner(num_rounds=1)
-    runner.train()
+def test_client_trainer_alone_fixes_a(finished, make_args, tokenizer, tmp_path):
+    runner = finished(freeze_a=False, num_rounds=1).runner
     args = make_args(freeze_a=True, output_dir=str(tmp_path / "alone"))
     trainer = ClientSFTTrainer(str(runner.folder.package), args, sums(0, 8), processing_class=tokenizer)
     before = get_lora_state(trainer.model, "client")
@@ -144,16 +163,14 @@ def test_client_trainer_alone_fixes_a(make_runner, make_args, tokenizer, tmp_pat
         assert torch.equal(tensor, before[key]) == is_a(key), key
 
 
-def test_server_trains_both_matrices_of_the_emulator_lora(make_runner):
-    runner = make_runner(freeze_a=True, num_rounds=1)
-    before = dict(runner.server.emulator_lora)
-    runner.train()
-    assert not any(torch.equal(tensor, before[key]) for key, tensor in runner.server.emulator_lora.items())
+def test_server_trains_both_matrices_of_the_emulator_lora(finished):
+    run = finished(freeze_a=True, num_rounds=1)
+    _, before = run.before
+    assert not any(torch.equal(tensor, before[key]) for key, tensor in run.runner.server.emulator_lora.items())
 
 
-def test_client_of_a_server_with_another_setting(make_runner, make_args, tokenizer, tmp_path):
-    runner = make_runner(freeze_a=True, num_rounds=1)
-    runner.train()
+def test_client_of_a_server_with_another_setting(finished, make_args, tokenizer, tmp_path):
+    runner = finished(freeze_a=True, num_rounds=1).runner
     args = make_args(output_dir=str(tmp_path / "alone"))
     trainer = ClientSFTTrainer(str(runner.folder.package), args, sums(0, 8), processing_class=tokenizer)
     start = runner.server.start_round(2, ["north"])["north"]
@@ -163,11 +180,11 @@ def test_client_of_a_server_with_another_setting(make_runner, make_args, tokeniz
 
 def test_fixed_a_resumes_as_it_was(make_runner, tmp_path):
     settings = {"freeze_a": True, **ALL_PUBLIC_TEXT}
-    whole = make_runner(num_rounds=3, output_dir=str(tmp_path / "whole"), **settings)
+    whole = make_runner(num_rounds=2, output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
     settings["output_dir"] = str(tmp_path / "cut")
     make_runner(num_rounds=1, **settings).train()
-    resumed = make_runner(num_rounds=3, resume_from_checkpoint=True, **settings)
+    resumed = make_runner(num_rounds=2, resume_from_checkpoint=True, **settings)
     # Another start of A than the run's own would not be noticed otherwise.
     resumed.trainer.package_lora = {key: t + 1 for key, t in resumed.trainer.package_lora.items()}
     resumed.train()
@@ -188,12 +205,10 @@ def test_plan_counts_the_half(make_args):
 # ---- clients with different ranks
 
 
-def test_a_smaller_rank_trains_and_sends_less(make_runner):
-    runner = make_runner(client_datasets=THREE, **RANKS)
-    seen = watched(runner)
-    summary = runner.train()
-    ranks = {}
-    for name, start, reply in seen:
+def test_a_smaller_rank_trains_and_sends_less(finished):
+    run = finished(client_datasets=THREE, **RANKS)
+    runner, summary, ranks = run.runner, run.summary, {}
+    for name, start, reply in run.seen:
         rank = runner.args.ranks.get(name, 4)
         part = traveling(runner.server.client_lora, rank=rank)
         order = RoundStart.from_bytes(start, client_lora=part, emulator_lora=runner.server.emulator_lora)
@@ -210,10 +225,8 @@ def test_a_smaller_rank_trains_and_sends_less(make_runner):
     assert runner.records[-1].aggregation["svd_residual"] > 0
 
 
-def test_what_a_client_is_sent_is_the_truncated_svd(make_runner):
-    runner = make_runner(client_datasets=THREE, **RANKS)
-    runner.train()
-    server = runner.server
+def test_what_a_client_is_sent_is_the_truncated_svd(finished):
+    server = finished(client_datasets=THREE, **RANKS).runner.server
     part = traveling(server.client_lora, rank=1)
     start = RoundStart.from_bytes(
         server.start_round(3, ["south"])["south"], client_lora=part, emulator_lora=server.emulator_lora
@@ -258,9 +271,9 @@ def test_an_update_of_another_rank_is_refused(make_runner):
         runner.server.receive(1, "south", reply)
 
 
-def test_ranks_do_not_depend_on_what_the_modules_hold(make_runner, tmp_path):
-    plain, scribbled = (make_runner(client_datasets=THREE, output_dir=str(tmp_path / name), **RANKS) for name in "ab")
-    plain.train()
+def test_ranks_do_not_depend_on_what_the_modules_hold(make_runner, finished, tmp_path):
+    plain = finished(client_datasets=THREE, **RANKS).runner
+    scribbled = make_runner(client_datasets=THREE, output_dir=str(tmp_path / "scribbled"), **RANKS)
     scribble(scribbled)
     scribbled.train()
     assert_same(scribbled.server.client_lora, plain.server.client_lora)

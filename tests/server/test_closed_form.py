@@ -176,7 +176,7 @@ def test_the_first_layer_is_least_squares():
 def test_it_brings_the_emulator_closer(architecture, drop_ratio):
     models = split(tiny_model(architecture, **ARCHITECTURES[architecture]), drop_ratio)
     frozen = [base_tensors(model) for model in (models.adap_emu, models.adap_fu)]
-    fitted, heldout = texts(num_batches=60), texts(seed=1)
+    fitted, heldout = texts(num_batches=30), texts(seed=1)
     before = distance(models, heldout)
     report = start(models, fitted)
     assert report["closed_form_l2"] == pytest.approx(distance(models, fitted), rel=1e-4)

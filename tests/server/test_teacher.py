@@ -108,14 +108,16 @@ def test_cached_and_online_give_the_same(make_trainer, settings):
     results, precise = {}, "bf16" not in settings
     for teacher in ("online", "cached"):
         model = tiny_model(dtype=torch.float64 if precise else torch.float32)
-        trainer = make_trainer(model, teacher=teacher, initial_alignment_steps=12, **settings)
+        trainer = make_trainer(
+            model, teacher=teacher, initial_alignment_steps=8, **settings
+        )  # the text and some again
         trainer.models.plug_in(*randomize(trainer.model, "client"))
         trainer.train()
         results[teacher] = dict(trainer.step_metrics), get_lora_state(trainer.model, "emulator")
     (online, online_lora), (cached, cached_lora) = results["online"], results["cached"]
     bf16 = 3 * torch.finfo(torch.bfloat16).eps
     for name, values in online.items():
-        assert len(values) == 12
+        assert len(values) == 8
         assert cached[name] == pytest.approx(values, rel=4 * FLOAT32 if precise else bf16)
     for key, tensor in online_lora.items():
         assert torch.allclose(cached_lora[key], tensor, rtol=0, atol=HALF_THE_DIGITS if precise else bf16)
@@ -133,7 +135,7 @@ def test_full_model_is_not_run_in_the_steps(make_trainer):
 
 
 def test_store_is_used_again(make_trainer, tmp_path, monkeypatch):
-    make_trainer().train()
+    make_trainer().prepare_teacher()
     (before,) = shards(tmp_path)
     time = before.stat().st_mtime_ns
     trainer = make_trainer(emulator_drop_ratio=0.2)
@@ -143,21 +145,24 @@ def test_store_is_used_again(make_trainer, tmp_path, monkeypatch):
     assert (after, after.stat().st_mtime_ns) == (before, time)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"model": tiny_model(seed=1)}, {"dataset": sums(41, 51)}, {"num_adapter_layers": 3}, {"bf16": True}, {"max_length": 3}],
-    ids=["model", "text", "layer", "precision", "truncation"],
-)  # fmt: skip
-def test_other_content_is_another_store(make_trainer, tmp_path, changes):
-    make_trainer().train()
-    make_trainer(**changes).train()
-    assert len({shard.parent for shard in shards(tmp_path)}) == 2
+def test_other_content_is_another_store(make_trainer, tmp_path):
+    others = {
+        "nothing": {},
+        "model": {"model": tiny_model(seed=1)},
+        "text": {"dataset": sums(41, 51)},
+        "layer": {"num_adapter_layers": 3},
+        "precision": {"bf16": True},
+        "truncation": {"max_length": 3},
+    }
+    for number, (what, changes) in enumerate(others.items(), start=1):
+        make_trainer(**changes).prepare_teacher()
+        assert len({shard.parent for shard in shards(tmp_path)}) == number, what
 
 
 def test_longer_run_goes_on_with_the_store(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("fedbiot_trainer.server.hidden_states.SHARD_BYTES", 4 * 6 * 32 * 5)  # about five texts each
     settings = {"dataset": sums(20, 90), "alignment_steps": 0}
-    make_trainer(initial_alignment_steps=4, **settings).train()
+    make_trainer(initial_alignment_steps=4, **settings).prepare_teacher()
     first = shards(tmp_path)
     assert 3 <= len(first) < 10  # of 210 texts, 16 are seen
     trainer = make_trainer(initial_alignment_steps=8, **settings)
@@ -168,19 +173,19 @@ def test_longer_run_goes_on_with_the_store(make_trainer, tmp_path, monkeypatch):
     assert len(shards(tmp_path)) > written
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "half-written"])
-def test_damaged_file_is_made_again(make_trainer, tmp_path, damage):
-    make_trainer().train()
+def test_damaged_file_is_made_again(make_trainer, tmp_path):
+    make_trainer().prepare_teacher()
     (shard,) = shards(tmp_path)
     content = shard.read_bytes()
-    if damage == "truncated":
-        shard.write_bytes(content[:-10])
-    elif damage == "altered":
-        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    else:
-        shard.rename(shard.with_name("00000.123.part"))
-    make_trainer().train()
-    assert shard.read_bytes() == content
+    damages = {
+        "truncated": lambda: shard.write_bytes(content[:-10]),
+        "altered": lambda: shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1])),
+        "half-written": lambda: shard.rename(shard.with_name("00000.123.part")),
+    }
+    for what, damage in damages.items():
+        damage()
+        make_trainer().prepare_teacher()
+        assert shard.read_bytes() == content, what
 
 
 def test_cache_is_bounded(make_trainer, tmp_path):
@@ -190,7 +195,9 @@ def test_cache_is_bounded(make_trainer, tmp_path):
         make_trainer(initial_alignment_steps=10, teacher_cache_max_gb=0.9 * gigabytes)
     folders = []
     for seed in (0, 1, 2, 2):
-        make_trainer(tiny_model(seed=seed), initial_alignment_steps=10, teacher_cache_max_gb=2.5 * gigabytes).train()
+        make_trainer(
+            tiny_model(seed=seed), initial_alignment_steps=10, teacher_cache_max_gb=2.5 * gigabytes
+        ).prepare_teacher()
         folders.append({shard.parent for shard in shards(tmp_path)})
     assert [len(found) for found in folders] == [1, 2, 2, 2]
     assert not folders[0] & folders[2]  # the oldest gave way
@@ -206,7 +213,7 @@ def test_online_teacher_under_zero3_is_refused(make_trainer, monkeypatch):
 def test_store_does_not_depend_on_where_the_model_is(make_trainer, tmp_path):
     for folder in ("here", "there"):
         tiny_model().save_pretrained(tmp_path / folder)
-        make_trainer(str(tmp_path / folder)).train()
+        make_trainer(str(tmp_path / folder)).prepare_teacher()
     assert len(shards(tmp_path)) == 1
 
 
@@ -219,7 +226,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 
 def test_store_says_what_it_holds(make_trainer, tmp_path):
-    make_trainer().train()
+    make_trainer().prepare_teacher()
     (file,) = (tmp_path / "cache").glob("*/store.json")
     content = json.loads(file.read_text())
     assert (content["layer"], content["dtype"]) == (6, "torch.float32")
@@ -252,7 +259,7 @@ def test_long_and_short_texts(make_trainer):
 def test_store_that_cannot_be_read_after_it_was_written(make_trainer, monkeypatch):
     monkeypatch.setattr(HiddenStateStore, "write", lambda self, shard, states: None)
     with pytest.raises(OSError, match="1 of 1 files of hidden states cannot be read in .* after they were written"):
-        make_trainer().train()
+        make_trainer().prepare_teacher()
 
 
 @pytest.mark.parametrize("offload", [True, False])

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from conftest import LORA, sums, tiny_model
@@ -7,6 +9,7 @@ from fedbiot_trainer import (
     EmulatorAlignmentTrainer,
 )
 from fedbiot_trainer.shared.lora_state import get_lora_state
+from fedbiot_trainer.shared.round_trainer import frozen_garbage
 
 
 @pytest.mark.parametrize("party", ["client", "emulator"])
@@ -48,3 +51,12 @@ def test_code_from_the_hub_needs_a_yes(make_args, tokenizer, monkeypatch, tmp_pa
 def test_optimizers_are_refused(package, make_args, tokenizer):
     with pytest.raises(ValueError, match="`optimizers` cannot be passed"):
         ClientSFTTrainer(package, make_args(), sums(0, 8), processing_class=tokenizer, optimizers=(object(), None))
+
+
+def test_what_exists_is_kept_out_of_garbage_collection():
+    before = gc.get_freeze_count()
+    with pytest.raises(KeyError):
+        with frozen_garbage():
+            assert gc.get_freeze_count() > before + 10_000
+            raise KeyError
+    assert gc.get_freeze_count() == before
