@@ -28,6 +28,7 @@ SETTINGS = {
     "num_rounds": 3, "local_steps": 2, "initial_alignment_steps": 3, "alignment_steps": 2, "alignment_batch_size": 4,
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "lora_r": 4, "lora_alpha": 8,
     "lora_dropout": 0.0, "lora_target_modules": "all-linear", "client_zero_shot_examples": 4,
+    "load_best_model_at_end": False,  # what is compared is the last round
 }  # fmt: skip
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),

@@ -67,7 +67,7 @@ def make_owner(make_args, tokenizer, tmp_path):
     return make
 
 
-SETTINGS = {"num_rounds": 2, "local_steps": 2, "client_zero_shot_examples": 4}
+SETTINGS = {"num_rounds": 2, "local_steps": 2, "client_zero_shot_examples": 4, "load_best_model_at_end": False}
 THREE_ROUNDS = SETTINGS | {"num_rounds": 3}
 
 
