@@ -16,6 +16,7 @@ from nvflare.apis.signal import Signal
 
 from ...federation.pool import Reply
 from .parts import split, views
+from .presence import TOPIC, Presence
 from .site import load
 
 
@@ -111,6 +112,7 @@ class OwnerController(Controller):
         self.argument = base64.b64decode(argument).decode()
         self._abort_signal = Signal()
         self._fl_ctx: Any = None  # NVFlare's context, from when the job begins
+        self._presence = Presence([], self._who_is_there)
 
     def start_controller(self, fl_ctx: FLContext):
         pass
@@ -120,7 +122,12 @@ class OwnerController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext):
         self._abort_signal, self._fl_ctx = abort_signal, fl_ctx
-        load(self.function)(self, self.argument)
+        self._presence = Presence(self._participants(), self._who_is_there)
+        self._presence.watch()
+        try:
+            load(self.function)(self, self.argument)
+        finally:
+            self._presence.end()
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
@@ -129,8 +136,20 @@ class OwnerController(Controller):
 
     def sites(self) -> list[str]:
         """Names, as their certificates say, of the sites that take part in the job and are connected."""
-        names = [client.name for client in self._fl_ctx.get_engine().get_clients()]
-        return [name for name in names if self.get_client_disconnect_time(name) is None]
+        return [
+            name
+            for name in self._participants()
+            if self.get_client_disconnect_time(name) is None and self._presence.is_there(name)
+        ]
+
+    def _participants(self) -> list[str]:
+        return [client.name for client in self._fl_ctx.get_engine().get_clients()]
+
+    def _who_is_there(self, names: list[str], seconds: float) -> dict[str, str]:
+        engine = self._fl_ctx.get_engine()
+        with engine.new_context() as context:
+            replies = engine.send_aux_request(names, TOPIC, Shareable(), seconds, context, optional=True)
+        return {name: reply.get_return_code() for name, reply in (replies or {}).items()}
 
     def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
         """
