@@ -98,7 +98,10 @@ def test_a_site_that_joins_later_leaves_the_other_kits_good(folder, kits):
     assert again["north"] != kits["north"]
 
 
-@pytest.mark.parametrize("sites, match", [(["a b"], "'a b'"), (["owner"], "'owner'"), (["a", "a"], "twice")])
+@pytest.mark.parametrize(
+    "sites, match",
+    [(["a b"], "'a b'"), (["owner"], "'owner'"), (["server"], "'server': a name"), (["a", "a"], "twice")],
+)
 def test_names_that_cannot_be_used(tmp_path, sites, match):
     with pytest.raises(ValueError, match=match):
         provision(tmp_path, "localhost", 8443, sites)

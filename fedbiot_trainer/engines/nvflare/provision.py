@@ -61,9 +61,9 @@ def provision(
         ValueError: If a name cannot be used, or is used twice.
     """
     for site in sites:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", site) or site == SERVER:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", site) or site in (SERVER, "server"):  # NVFlare's name of every server
             raise ValueError(
-                f"`sites` has '{site}': a name is made of letters, digits, '-' and '_', and not '{SERVER}'."
+                f"`sites` has '{site}': a name is made of letters, digits, '-' and '_', and not '{SERVER}' or 'server'."
             )
     if len(set(sites)) < len(sites):
         raise ValueError(f"`sites` has a name twice: {list(sites)}.")
