@@ -106,6 +106,11 @@ def main(argv: list[str] | None = None):
                 break
             sys.stdout.write("NVFlare has ended the run. It goes on from its state.\n")
             order["flags"] = [*flags, "--resume_from_checkpoint", "true"]
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"The server of `kit` ('{own.kit}') does not answer: {error}. Start it; if there is a state in the run's folder, it can go "
+            "on with `--resume_from_checkpoint true`."
+        ) from error
     finally:
         session.close()
     raise RuntimeError(

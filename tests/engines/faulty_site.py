@@ -40,7 +40,7 @@ class FaultySite:
             (self.folder / "held").touch()
             while self.fault.exists():
                 time.sleep(0.1)
-            (self.folder / "held").unlink()
+            (self.folder / "held").unlink(missing_ok=True)
         elif fault:
             self.fault.unlink()
         answer = self.site.answer(kind, payload)
