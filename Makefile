@@ -1,4 +1,4 @@
-.PHONY: install demo test test-fast test-slow test-oldest test-newest test-lm-eval test-deployment architectures settings quality style clean
+.PHONY: install demo test test-fast test-slow test-oldest test-newest test-lm-eval test-deployment test-namespaces architectures settings quality style clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -51,12 +51,20 @@ test-lm-eval:
 	$(VENV)-lm-eval/bin/python -c "import lm_eval"  # without it the tests would be skipped
 	$(VENV)-lm-eval/bin/python -m pytest tests/recipes/test_lm_eval.py tests/recipes/test_smollm2_lm_eval.py
 
-# Owner and sites as real processes of this machine, in an environment with NVFlare: docs/deploying.md
-test-deployment:
+# In an environment with NVFlare: docs/deploying.md
+$(VENV)-nvflare/.installed: setup.py constraints.txt
 	test -x $(VENV)-nvflare/bin/python || $(PYTHON) -m venv $(VENV)-nvflare
 	$(VENV)-nvflare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-nvflare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[nvflare,test]"
-	$(VENV)-nvflare/bin/python -m pytest tests/engines tests/cli/test_deployment_commands.py
+	touch $@
+
+# Owner and sites as real processes of this machine.
+test-deployment: $(VENV)-nvflare/.installed
+	$(VENV)-nvflare/bin/python -m pytest tests/engines tests/cli/test_deployment_commands.py --ignore-glob "*/test_namespace*"
+
+# Each on a machine of its own, which is a network namespace: Linux alone, and as root.
+test-namespaces: $(VENV)-nvflare/.installed
+	$(VENV)-nvflare/bin/python -m pytest tests/engines/test_namespaces.py tests/engines/test_namespace_faults.py
 
 # docs/architectures.md
 architectures: install

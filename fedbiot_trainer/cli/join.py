@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None):
     """Take part as the command line or `argv` says."""
     check_installed("nvflare", "nvflare")
     from ..engines.nvflare.executor import SITE_FILE
+    from ..engines.nvflare.provision import check_site_kit
 
     parser = argparse.ArgumentParser(
         "fedbiot join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None):
     kit = args.kit.absolute()
     if not (kit / "startup" / "sub_start.sh").is_file():
         raise FileNotFoundError(f"`kit` is '{args.kit}', but that is no startup kit of a site. Ask the owner for it.")
+    check_site_kit(kit)
     settings = read_settings(args.config)
     launcher = settings.pop("accelerate_config", None)
     folder = (args.folder or kit / "fedbiot").absolute()

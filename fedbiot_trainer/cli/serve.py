@@ -101,6 +101,11 @@ def main(argv: list[str] | None = None):
     except RunInterrupted as interruption:
         sys.stderr.write(f"{interruption}. {GO_ON}\n")
         sys.exit(128 + interruption.signal)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"The server of `kit` ('{own.kit}') does not answer: {error}. Start it; if there is a state in the run's folder, it can go "
+            "on with `--resume_from_checkpoint true`."
+        ) from error
     finally:
         session.close()
 

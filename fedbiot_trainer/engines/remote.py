@@ -64,6 +64,7 @@ class RemoteClients:
         self.on_client: Callable[[str], None] = lambda name: None  # told who has answered
         self._digests: dict[tuple[str, int, int], str] = {}
         self._ready: set[str] = set()
+        self._known: set[str] = set()  # sites that have been ready
 
     def names(self) -> list[str]:
         deadline = time.monotonic() + self.patience
@@ -72,7 +73,7 @@ class RemoteClients:
         return sorted(sites)
 
     def fit(self, starts: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
-        errors = self._deliver([name for name in starts if name not in self._ready])
+        errors = self._deliver([name for name in starts if name not in self._ready], timeout)
         for name, error in errors.items():
             yield Reply(name, error=f"the package could not be delivered: {error}")
         for reply in self.carrier.ask("fit", _Part(starts, set(starts) - errors.keys()), timeout):
@@ -81,14 +82,20 @@ class RemoteClients:
             self.on_client(reply.client)
             yield reply
 
-    def _deliver(self, names: list[str]) -> dict[str, str]:
-        """Give sites what they lack of the package, all at the same time. Returns what failed."""
+    def _deliver(self, names: list[str], timeout: float | None) -> dict[str, str]:
+        """
+        Give sites what they lack of the package, all at the same time. Those that have had it hold up a round no longer than
+        in training. Returns what failed.
+        """
         errors: dict[str, str] = {}
         if not names:
             return errors
+        seconds = DELIVERY_TIMEOUT
+        if timeout is not None and self._known.issuperset(names):
+            seconds = min(timeout, DELIVERY_TIMEOUT)
         # Its LoRAs are written anew after each round, so that it is another for sites that come later.
         package, pieces = PackageList.of(self.package, self._digests), {}
-        for reply in self.carrier.ask("hello", dict.fromkeys(names, package.to_bytes()), DELIVERY_TIMEOUT):
+        for reply in self.carrier.ask("hello", dict.fromkeys(names, package.to_bytes()), seconds):
             try:
                 pieces[reply.client] = package.pieces(self.package, read_had(reply, package), self.piece)
             except ValueError as error:
@@ -96,12 +103,13 @@ class RemoteClients:
         while pieces:
             following = {name: piece for name, left in pieces.items() if (piece := next(left, None)) is not None}
             pieces = {name: left for name, left in pieces.items() if name in following}
-            for reply in self.carrier.ask("package", following, DELIVERY_TIMEOUT):
+            for reply in self.carrier.ask("package", following, seconds):
                 self.bytes_delivered += len(following[reply.client])
                 if reply.error is not None:
                     errors[reply.client] = reply.error
                     del pieces[reply.client]
         self._ready |= set(names) - errors.keys()
+        self._known |= self._ready
         return errors
 
 

@@ -39,6 +39,10 @@ def kit(tmp_path):
     (tmp_path / "clinic" / "startup").mkdir(parents=True)
     (tmp_path / "clinic" / "local").mkdir()
     (tmp_path / "clinic" / "startup" / "sub_start.sh").touch()
+    engine = "fedbiot_trainer.engines.nvflare"
+    allowed = {"class_allow_list": [f"{engine}.executor.SiteExecutor"], "class_list_enforcement_mode": "enforce"}
+    resources = allowed | {"components": [{"path": f"{engine}.gate.SiteGate"}]}
+    (tmp_path / "clinic" / "local" / "resources.json").write_text(json.dumps(resources))
     sums(0, 4).to_json(tmp_path / "private.jsonl")
     return tmp_path / "clinic"
 

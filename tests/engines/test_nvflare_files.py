@@ -13,10 +13,11 @@ from cryptography import x509
 
 from fedbiot_trainer.engines.errors import SiteError
 from fedbiot_trainer.engines.nvflare.executor import SiteExecutor, read_command
+from fedbiot_trainer.engines.nvflare.gate import OwnerGate, SiteGate
 from fedbiot_trainer.engines.nvflare.job import write_job
 from fedbiot_trainer.engines.nvflare.owner import TASK, OwnerController
 from fedbiot_trainer.engines.nvflare.parts import PART, split, views
-from fedbiot_trainer.engines.nvflare.provision import CONTROLLER, EXECUTOR, provision
+from fedbiot_trainer.engines.nvflare.provision import CONTROLLER, EXECUTOR, check_site_kit, provision
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,30 @@ def test_a_site_runs_our_executor_only_and_sends_no_logs(kits):
     assert rights["project_admin"]["shell_commands"] == rights["project_admin"]["byoc"] == "none"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_allow_list": [EXECUTOR, "nvflare.app_common.executors.task_script_runner.TaskScriptRunner"]},
+        {"class_list_enforcement_mode": "warn"},
+        {"components": []},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_kit_that_lets_the_owner_do_more_at_a_site_is_refused(kits, tmp_path, change):
+    check_site_kit(kits["north"])
+    (tmp_path / "local").mkdir()
+    file = tmp_path / "local" / "resources.json"
+    file.write_text(json.dumps(read(kits["north"] / "local" / "resources.json") | change))
+    with pytest.raises(ValueError, match="the owner could do more at this site than train"):
+        check_site_kit(tmp_path)
+
+
+def test_what_provision_names_is_there(kits):
+    for name, gate in (("owner", OwnerGate), ("north", SiteGate)):
+        paths = [part["path"] for part in read(kits[name] / "local" / "resources.json")["components"]]
+        assert f"{gate.__module__}.{gate.__name__}" in paths
+
+
 def test_a_site_that_joins_later_leaves_the_other_kits_good(folder, kits):
     again = provision(folder, "models.example.org", 8443, ["north", "south-2", "west"], "admin@example.org")
     for name in ("north", "west"):
@@ -73,7 +98,10 @@ def test_a_site_that_joins_later_leaves_the_other_kits_good(folder, kits):
     assert again["north"] != kits["north"]
 
 
-@pytest.mark.parametrize("sites, match", [(["a b"], "'a b'"), (["owner"], "'owner'"), (["a", "a"], "twice")])
+@pytest.mark.parametrize(
+    "sites, match",
+    [(["a b"], "'a b'"), (["owner"], "'owner'"), (["server"], "'server': a name"), (["a", "a"], "twice")],
+)
 def test_names_that_cannot_be_used(tmp_path, sites, match):
     with pytest.raises(ValueError, match=match):
         provision(tmp_path, "localhost", 8443, sites)

@@ -8,7 +8,7 @@ import torch
 from conftest import LORA, sums, tiny_model
 
 from fedbiot_trainer import FederatedRunner
-from fedbiot_trainer.engines.remote import RemoteClients, read_had
+from fedbiot_trainer.engines.remote import DELIVERY_TIMEOUT, RemoteClients, read_had
 from fedbiot_trainer.engines.site import Site, SiteError, SiteLimits
 from fedbiot_trainer.federation.interruption import RunInterrupted
 from fedbiot_trainer.federation.pool import Reply
@@ -115,6 +115,40 @@ def test_sites_with_smaller_micro_batches_come_to_the_same(whole, make_owner, ma
     one, other = (torch.cat([t.flatten() for t in runner.server.client_lora.values()]) for runner in (whole, owner))
     assert not torch.equal(one, other)  # sums in another order
     assert (one - other).norm() < 1e-5 * one.norm()
+
+
+class Patience:
+    """A carrier that notes how long it would wait. Sites have the whole package, and fail in training."""
+
+    def __init__(self):
+        self.waits = []
+
+    def sites(self):
+        return ["north", "south"]
+
+    def ask(self, kind, payloads, timeout):
+        self.waits.append((kind, sorted(payloads), timeout))
+        for name in payloads:
+            yield Reply(name, b'{"config.json": 2}', error="it failed" if kind == "fit" and name == "south" else None)
+
+
+def test_who_has_had_the_package_holds_up_a_round_no_longer_than_in_training(tmp_path):
+    carrier = Patience()
+    (tmp_path / "config.json").write_text("{}")
+    pool = RemoteClients(carrier, tmp_path)
+    for timeout in (5.0, 5.0, None):
+        list(pool.fit({"north": b"", "south": b""}, timeout))
+    assert carrier.waits == [
+        ("hello", ["north", "south"], DELIVERY_TIMEOUT),
+        ("package", [], DELIVERY_TIMEOUT),
+        ("fit", ["north", "south"], 5.0),
+        ("hello", ["south"], 5.0),
+        ("package", [], 5.0),
+        ("fit", ["north", "south"], 5.0),
+        ("hello", ["south"], DELIVERY_TIMEOUT),
+        ("package", [], DELIVERY_TIMEOUT),
+        ("fit", ["north", "south"], None),
+    ]
 
 
 def test_the_package_is_sent_once_in_pieces(make_owner, make_sites):

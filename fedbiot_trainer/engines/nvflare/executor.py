@@ -13,6 +13,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from ..errors import SiteError
+from . import presence
 from .parts import split, views
 from .process import SiteProcess, Stopped
 from .site import ANSWER
@@ -34,6 +35,8 @@ class SiteExecutor(Executor):
         self._process: SiteProcess | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext):
+        if event_type == EventType.START_RUN:
+            fl_ctx.get_engine().register_aux_message_handler(presence.TOPIC, presence.answer)
         if event_type == EventType.END_RUN and self._process is not None:
             self._process.end()
 

@@ -20,6 +20,7 @@ from nvflare.apis.signal import Signal
 from ...federation.interruption import RunInterrupted
 from ...federation.pool import Reply
 from .parts import split, views
+from .presence import TOPIC, Presence
 from .site import load
 
 
@@ -125,6 +126,7 @@ class OwnerController(Controller):
         self.argument = base64.b64decode(argument).decode()
         self._abort_signal = Signal()
         self._fl_ctx: Any = None  # NVFlare's context, from when the job begins
+        self._presence = Presence([], self._who_is_there)
 
     def start_controller(self, fl_ctx: FLContext):
         pass
@@ -134,10 +136,14 @@ class OwnerController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext):
         self._abort_signal, self._fl_ctx = abort_signal, fl_ctx
+        self._presence = Presence(self._participants(), self._who_is_there)
+        self._presence.watch()
         try:
             load(self.function)(self, self.argument)
         except RunInterrupted as interruption:  # no error of NVFlare's, whose threads know Exception alone
             self.log_info(fl_ctx, f"The run has ended: {interruption}")
+        finally:
+            self._presence.end()
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
@@ -146,14 +152,25 @@ class OwnerController(Controller):
 
     def sites(self) -> list[str]:
         """Names, as their certificates say, of the sites that take part in the job, are connected and were not revoked."""
-        engine = self._fl_ctx.get_engine()
-        revoked = revoked_sites(Path(engine.get_workspace().get_root_dir()))
-        names = [client.name for client in engine.get_clients()]
-        return [name for name in names if name not in revoked and self.get_client_disconnect_time(name) is None]
+        revoked = revoked_sites(Path(self._fl_ctx.get_engine().get_workspace().get_root_dir()))
+        return [
+            name
+            for name in self._participants()
+            if name not in revoked and self.get_client_disconnect_time(name) is None and self._presence.is_there(name)
+        ]
 
     def is_ending(self) -> bool:
         """Whether NVFlare ends the job. It kills the process some ten seconds later."""
         return self._abort_signal.triggered
+
+    def _participants(self) -> list[str]:
+        return [client.name for client in self._fl_ctx.get_engine().get_clients()]
+
+    def _who_is_there(self, names: list[str], seconds: float) -> dict[str, str]:
+        engine = self._fl_ctx.get_engine()
+        with engine.new_context() as context:
+            replies = engine.send_aux_request(names, TOPIC, Shareable(), seconds, context, optional=True)
+        return {name: reply.get_return_code() for name, reply in (replies or {}).items()}
 
     def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
         """

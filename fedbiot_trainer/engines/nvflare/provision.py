@@ -16,6 +16,8 @@ from nvflare.lighter.provisioner import Provisioner
 PROJECT_FILE = "project.yml"
 EXECUTOR = "fedbiot_trainer.engines.nvflare.executor.SiteExecutor"
 CONTROLLER = "fedbiot_trainer.engines.nvflare.owner.OwnerController"
+OWNER_GATE = "fedbiot_trainer.engines.nvflare.gate.OwnerGate"
+SITE_GATE = "fedbiot_trainer.engines.nvflare.gate.SiteGate"
 SERVER = "owner"
 _BUILDERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("workspace.WorkspaceBuilder", {}),
@@ -59,9 +61,9 @@ def provision(
         ValueError: If a name cannot be used, or is used twice.
     """
     for site in sites:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", site) or site == SERVER:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", site) or site in (SERVER, "server"):  # NVFlare's name of every server
             raise ValueError(
-                f"`sites` has '{site}': a name is made of letters, digits, '-' and '_', and not '{SERVER}'."
+                f"`sites` has '{site}': a name is made of letters, digits, '-' and '_', and not '{SERVER}' or 'server'."
             )
     if len(set(sites)) < len(sites):
         raise ValueError(f"`sites` has a name twice: {list(sites)}.")
@@ -82,6 +84,22 @@ def provision(
     for site in sites:
         _restrict_site(kits[site] / "local")
     return kits
+
+
+def check_site_kit(kit: Path):
+    """
+    Raises:
+        ValueError: If the kit is not as [`provision`] makes it where a site depends on it.
+    """
+    file = kit / "local" / "resources.json"
+    resources = json.loads(file.read_text()) if file.is_file() else {}
+    allowed = resources.get("class_allow_list"), resources.get("class_list_enforcement_mode")
+    gates = [part for part in resources.get("components", []) if part.get("path") == SITE_GATE]
+    if allowed != ([EXECUTOR], "enforce") or not gates:
+        raise ValueError(
+            f"`kit` is '{kit}', but with its `local/resources.json` the owner could do more at this site than train. Ask for "
+            "a kit that `fedbiot provision` of this version has made."
+        )
 
 
 def project_of(host: str, port: int, sites: Sequence[str], administrator: str) -> dict[str, Any]:
@@ -109,6 +127,7 @@ def _restrict_owner(local: Path):
     for component in resources["components"]:
         if component["id"] == "job_manager":
             component["args"]["uri_root"] = str(storage / "jobs")
+    resources["components"].append({"id": "fedbiot_gate", "path": OWNER_GATE, "args": {}})
     (local / "resources.json").write_text(json.dumps(resources, indent=2))
 
 
@@ -118,6 +137,7 @@ def _restrict_site(local: Path):
     resources["class_allow_list"] = [EXECUTOR]
     resources["allow_log_streaming"] = False
     resources["components"] = [part for part in resources["components"] if part["id"] != "site_log_streamer"]
+    resources["components"].append({"id": "fedbiot_gate", "path": SITE_GATE, "args": {}})
     (local / "resources.json").write_text(json.dumps(resources, indent=2))
     policy = {"format_version": "1.0", "permissions": {"project_admin": _RIGHTS}}
     (local / "authorization.json").write_text(json.dumps(policy, indent=2))
