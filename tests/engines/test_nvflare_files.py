@@ -12,6 +12,7 @@ pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedbiot-train
 from cryptography import x509
 
 from fedbiot_trainer.engines.errors import SiteError
+from fedbiot_trainer.engines.nvflare.administrator import open_session
 from fedbiot_trainer.engines.nvflare.executor import SiteExecutor, read_command
 from fedbiot_trainer.engines.nvflare.gate import OwnerGate, SiteGate
 from fedbiot_trainer.engines.nvflare.job import write_job
@@ -153,3 +154,10 @@ def test_parts_of_a_payload(size):
 def test_what_is_no_payload(wrong):
     with pytest.raises(TypeError, match="list of bytes"):
         views(wrong)
+
+
+def test_a_server_that_is_not_there(kits):
+    with pytest.raises(
+        ConnectionError, match="whose server has not answered for 2 s. Start it, by `startup/start.sh`"
+    ):
+        open_session(kits["admin@example.org"], timeout=2)

@@ -43,11 +43,19 @@ def open_session(administrator_kit: str | Path, timeout: float = 60.0) -> "Sessi
     Args:
         administrator_kit (`str` or `Path`): Folder of the administrator's startup kit, named as the administrator.
         timeout (`float`, *optional*): Seconds to wait for the server.
+
+    Raises:
+        ConnectionError: If there is none.
     """
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     kit = Path(administrator_kit)
-    return new_secure_session(kit.name, str(kit), timeout=timeout)
+    try:
+        return new_secure_session(kit.name, str(kit), timeout=timeout)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"`kit` is '{kit}', whose server has not answered for {timeout:g} s. Start it, by `startup/start.sh` in its own kit."
+        ) from error
 
 
 def wait_for_sites(session: "Session", sites: Collection[str], timeout: float) -> list[str]:
