@@ -4,8 +4,8 @@ A site's side of a run: takes part with its own text, on its own hardware, withi
     fedbiot join --kit clinic --data patients.jsonl --config site.yaml
 
 `site.yaml` may have, by name, the settings that are a site's (`use_cpu`, `bf16`, `per_device_train_batch_size`, ...), its
-limits (`max_local_steps`, `max_round_seconds`, `max_package_gb`), and `accelerate_config`, with which it trains in several
-processes.
+limits (`min_examples`, `max_local_steps`, `max_round_seconds`, `max_package_gb`), and `accelerate_config`, with which it trains in
+several processes.
 """
 
 import argparse

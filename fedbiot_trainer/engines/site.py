@@ -29,11 +29,13 @@ class SiteLimits:
     What a site does at most, whatever the owner asks for.
 
     Attributes:
+        min_examples (`int`): Examples below which it does not train, as an update of few texts tells much of each.
         max_local_steps (`int`, *optional*): Optimizer steps in a round.
         max_round_seconds (`float`, *optional*): Seconds in a round; checked after each step.
         max_package_gb (`float`): Size of the package.
     """
 
+    min_examples: int = 1
     max_local_steps: int | None = None
     max_round_seconds: float | None = None
     max_package_gb: float = 100.0
@@ -116,6 +118,9 @@ class Site:
         return self.package
 
     def _fit(self, payload):
+        examples, least = len(self.train_dataset), self.limits.min_examples
+        if examples < least:
+            raise SiteError(f"This site has {examples:,} examples, and trains on {least:,} at least.")
         manifest, _ = unpack("round start", payload)
         steps, most = LocalWork.parse(manifest.get("work")).local_steps, self.limits.max_local_steps
         if most is not None and steps > most:

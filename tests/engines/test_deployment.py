@@ -246,17 +246,18 @@ def test_what_the_owner_cannot_ask_for_is_said_before_anything_is_sent(folder, k
     assert time.monotonic() - started < 120
 
 
-def test_a_site_of_two_processes_comes_to_the_same(folder, kits, whole):
+@pytest.mark.parametrize("launch", ["ddp", "zero2", "zero3"])
+def test_a_site_of_two_processes_comes_to_the_same(folder, kits, whole, launch):
     """One that is started anew, with other hardware."""
-    ddp = ROOT / "accelerate_configs" / "cpu" / "ddp.yaml"
-    settings = {"use_cpu": True, "per_device_train_batch_size": 1, "accelerate_config": str(ddp)}
-    (folder / "ddp.yaml").write_text(yaml.safe_dump(settings))
-    wait_until(kits["join"]("west", "ddp.yaml"))
-    served = serve(folder, kits, "--output_dir", "ddp")
+    config = ROOT / "accelerate_configs" / "cpu" / f"{launch}.yaml"
+    settings = {"use_cpu": True, "per_device_train_batch_size": 1, "accelerate_config": str(config)}
+    (folder / f"{launch}.yaml").write_text(yaml.safe_dump(settings))
+    wait_until(kits["join"]("west", f"{launch}.yaml"))
+    served = serve(folder, kits, "--output_dir", launch)
     assert served.returncode == 0, served.stderr[-3000:]
-    rounds = [json.loads(line) for line in (folder / "ddp" / "rounds.jsonl").read_text().splitlines()]
+    rounds = [json.loads(line) for line in (folder / launch / "rounds.jsonl").read_text().splitlines()]
     assert all(set(record["client_losses"]) == set(SITES) for record in rounds)
-    (_, ours) = load_lora(folder / "ddp" / "client_lora")
+    (_, ours) = load_lora(folder / launch / "client_lora")
     one, other = (torch.cat([lora[key].flatten() for key in sorted(whole)]) for lora in (ours, whole))
     assert not torch.equal(one, other)  # sums in another order
     assert (one - other).norm() < 1e-5 * other.norm()

@@ -253,6 +253,7 @@ def test_without_sites_it_ends(make_owner):
 @pytest.mark.parametrize(
     "limits, reason",
     [
+        ({"min_examples": 25}, "This site has 24 examples, and trains on 25 at least."),
         ({"max_local_steps": 1}, "The round has 2 local steps, and this site takes 1 at most."),
         ({"max_round_seconds": 1e-9}, "The round took longer than this site's 1e-09 s."),
         (
