@@ -5,6 +5,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from conftest import assert_same
@@ -63,7 +64,7 @@ def test_a_run_of_machines_is_the_run_of_one_process(federation, served):
     assert whole.returncode == 0, whole.stderr[-3000:]
     theirs = federation.home("owner") / "whole"
     assert_same(load_lora(served.output / "client_lora")[1], load_lora(theirs / "client_lora")[1])
-    shutil.rmtree(theirs)  # this one has seen the clients' text
+    shutil.rmtree(theirs)  # it was told where the clients' text is
     assert all(set(record["client_losses"]) == set(SITES) for record in served.rounds())
     assert len(served.rounds()) == 3
 
@@ -249,4 +250,9 @@ def test_a_site_is_no_administrator(federation):
 
 
 def test_the_owner_has_nothing_of_the_sites(federation):
+    control = federation.home("owner") / "control.zip"
+    with ZipFile(control, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("log", f"{federation.home('north')} has {secrets('north')['prompt'][0]}")
+    assert len(federation.leaks()) == 2
+    control.unlink()
     assert federation.leaks() == []
