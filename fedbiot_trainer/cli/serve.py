@@ -4,7 +4,7 @@ clients' text; the run itself goes on in the server that the owner's kit has sta
 
     fedbiot serve --kit kits/owner@fedbiot.org --min_sites 3 --config run.yaml
 
---kit KIT is the administrator's startup kit. A round waits for --min_sites N (default: 1) at most --patience X seconds (600).
+--kit KIT is the administrator's startup kit. A round waits for --min_sites N (default: 1) at most --patience X seconds (600), once for each time that one leaves.
 """
 
 import argparse

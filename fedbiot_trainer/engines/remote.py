@@ -46,7 +46,8 @@ class RemoteClients:
         carrier ([`Carrier`]): Brings payloads to the sites.
         package (`str` or `Path`): The folder of the emulator package.
         min_sites (`int`, *optional*): Sites that a round waits for.
-        patience (`float`, *optional*): Seconds that it waits; then it begins with those that are there.
+        patience (`float`, *optional*): Seconds that it waits; then it begins with those that are there, and so do the following
+            ones until as many have been there again.
         piece (`int`, *optional*): Bytes of the package in one payload.
     """
 
@@ -64,12 +65,14 @@ class RemoteClients:
         self.on_client: Callable[[str], None] = lambda name: None  # told who has answered
         self._digests: dict[tuple[str, int, int], str] = {}
         self._ready: set[str] = set()
+        self._waited = False  # in vain, for a site that has left
         self._known: set[str] = set()  # sites that have been ready
 
     def names(self) -> list[str]:
-        deadline = time.monotonic() + self.patience
+        deadline = time.monotonic() + (0.0 if self._waited else self.patience)
         while len(sites := self.carrier.sites()) < self.min_sites and time.monotonic() < deadline:
             time.sleep(POLL)
+        self._waited = len(sites) < self.min_sites
         return sorted(sites)
 
     def fit(self, starts: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import ZipFile, is_zipfile
 
 import yaml
 from conftest import save_files, sums
@@ -181,13 +182,16 @@ class Federation:
         return Served(process, self.home("owner") / screen, self.home("owner") / output)
 
     def leaks(self) -> list[str]:
-        """What the owner's machine has of the sites' text and paths, by file."""
+        """What the owner's machine has of the sites' text and paths, by file, also of what NVFlare has archived."""
         private = [str(self.home(site)) for site in SITES]
         private += [prompt for site in SITES for prompt in secrets(site)["prompt"]]
         found = []
         for file in filter(Path.is_file, self.home("owner").rglob("*")):
-            content = file.read_bytes()
-            found += [f"{file}: {text}" for text in private if text.encode() in content]
+            contents = [file.read_bytes()]
+            if is_zipfile(file):
+                with ZipFile(file) as archive:
+                    contents += map(archive.read, archive.namelist())
+            found += [f"{file}: {text}" for text in private if any(text.encode() in content for content in contents)]
         return found
 
     def end(self):

@@ -148,14 +148,16 @@ def test_a_cable_stays_out_for_longer_than_a_client_may_take(run):
     run.network.cut("south")
     run.release("south")
     record = run.without("south", since)
-    late = f"TimeoutError: it took longer than {CLIENT_TIMEOUT} s"
-    assert record["failed"]["south"] in (
-        late,
-        "ConnectionError: it is not connected",
-    )  # which of them is noticed first
-    run.served.wait_for_round(lambda record: "south" not in record["client_losses"], record["server_round"])
+    # Which of them is noticed first.
+    reasons = [f"TimeoutError: it took longer than {CLIENT_TIMEOUT} s", "ConnectionError: it is not connected"]
+    assert record["failed"]["south"] in reasons
+    since = record["server_round"]
+    run.served.wait_for_round(lambda record: "south" not in record["client_losses"], since)
     run.network.mend("south")
-    run.whole(len(run.served.rounds()), 300)
+    # NVFlare waits for 300 s to hear that the answer has arrived, which got lost. No round waits as long.
+    back = run.whole(since, 400)
+    between = run.served.rounds()[since : back["server_round"] - 1]
+    assert all(record["seconds"]["local_training"] < CLIENT_TIMEOUT for record in between)
 
 
 def test_a_sites_machine_goes_down_and_comes_back(run):

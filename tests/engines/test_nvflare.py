@@ -163,7 +163,7 @@ def test_a_process_that_was_killed_comes_back(answers):
 
 
 def test_a_site_that_is_not_there_is_an_error(answers):
-    assert answers["absent"]["nobody"]["error"] == "ConnectionError: it is not connected, or was revoked"
+    assert answers["absent"]["nobody"]["error"] == "ConnectionError: it is not connected"
     assert answers["absent"]["west"]["payload"] == answers["first"]["west"]["payload"]
 
 

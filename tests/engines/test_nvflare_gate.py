@@ -10,7 +10,7 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, MessagePropKey, Messa
 from nvflare.fuel.f3.message import Message
 from nvflare.fuel.f3.streaming.stream_const import STREAM_CHANNEL, STREAM_DATA_TOPIC, StreamHeaderKey
 
-from fedbiot_trainer.engines.nvflare import presence
+from fedbiot_trainer.engines.nvflare import owner, presence
 from fedbiot_trainer.engines.nvflare.gate import SITE_TOPICS, OwnerGate, keep_topics
 from fedbiot_trainer.engines.nvflare.presence import Presence
 
@@ -119,6 +119,22 @@ def test_a_site_may_take_longer_to_start(sites):
     assert found.is_there("west")
     clock.now += 2
     assert not found.is_there("west")
+
+
+def test_a_site_that_fetches_nothing_is_given_up(sites, monkeypatch):
+    """Not one that is still to start, or that has fetched its request and is at it."""
+    found, codes, _ = sites
+    codes["west"] = ReturnCode.ERROR
+    found.look()
+    controller = owner.OwnerController("module:function")
+    controller._presence = found
+    monkeypatch.setattr(controller, "sites", lambda: list(codes))
+    asking = owner._Asking("fit", {}, None)
+    asking.fetched.add("north")
+    assert controller._given_up(dict.fromkeys(codes), asking) == {}
+    asking._started -= owner.FETCH_SECONDS + 1
+    given_up = {"south": "ConnectionError: it does not fetch the request"}
+    assert controller._given_up(dict.fromkeys(codes), asking) == given_up
 
 
 def test_who_takes_no_part_is_not_there(sites):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import time
 
 import pytest
 import torch
@@ -248,6 +249,23 @@ def test_a_round_waits_for_sites(make_owner, make_sites):
 def test_without_sites_it_ends(make_owner):
     with pytest.raises(RuntimeError, match="fewer than 1 clients"):
         make_owner(Carrier([]), min_sites=1, patience=0.0, **THREE_ROUNDS).train()
+
+
+def test_a_site_that_has_left_is_waited_for_once(make_sites, tmp_path):
+    carrier = Carrier(make_sites())
+    pool = RemoteClients(carrier, tmp_path, min_sites=3, patience=1.0)
+    west = carrier.connected.pop("west")
+    seconds = []
+    for _ in range(2):
+        started = time.monotonic()
+        assert pool.names() == ["north", "south"]
+        seconds.append(time.monotonic() - started)
+    assert seconds[0] >= 1.0 > seconds[1]
+    carrier.connected["west"] = west
+    assert pool.names() == ["north", "south", "west"]
+    del carrier.connected["west"]
+    started = time.monotonic()
+    assert pool.names() == ["north", "south"] and time.monotonic() - started >= 1.0
 
 
 @pytest.mark.parametrize(

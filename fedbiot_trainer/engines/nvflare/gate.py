@@ -11,12 +11,14 @@ from collections.abc import Iterable
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import ServerCommandNames
 from nvflare.apis.fl_context import FLContext
 from nvflare.fuel.f3.cellnet.defs import CellChannel, CellChannelTopic, MessageHeaderKey, MessagePropKey, MessageType
 from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.message import Message
+from nvflare.fuel.f3.streaming.download_service import OBJ_DOWNLOADER_CHANNEL
 from nvflare.fuel.f3.streaming.stream_const import (
     STREAM_ACK_TOPIC,
     STREAM_CHANNEL,
@@ -36,11 +38,11 @@ _TO_SERVER = {
 }  # fmt: skip
 _ANY: set[str] = set()
 _TO_JOB: dict[str, set[str]] = {
-    CellChannel.SERVER_COMMAND: {CellChannelTopic.GET_TASK, "submit_update"},
+    CellChannel.SERVER_COMMAND: {ServerCommandNames.GET_TASK, ServerCommandNames.SUBMIT_UPDATE},
     CellChannel.AUX_COMMUNICATION: _ANY,
     CellChannel.RETURN_ONLY: _ANY,  # replies that are streamed
     CellChannel.CELLNET: {CellChannelTopic.Bye},
-    "download_service__": _ANY,
+    OBJ_DOWNLOADER_CHANNEL: _ANY,  # large arrays
     STREAM_CHANNEL: {STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC},
 }
 # What a site's client does for the server: it starts and ends its part of a job.

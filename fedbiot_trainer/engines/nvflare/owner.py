@@ -5,7 +5,7 @@ import json
 import queue
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from .site import load
 
 TASK = "fedbiot"
 POLL_SECONDS = 0.5  # between two looks whether the job is aborted or a site has gone; a reply is taken as it comes
+# An idle site looks for a request several times in a second. One that does not is at an answer that got lost on the way, for
+# which NVFlare lets it wait for 300 s.
+FETCH_SECONDS = 30.0
 MAX_ERROR_LENGTH = 500
 
 
@@ -47,6 +50,7 @@ class _Asking:
         self.kind = kind
         self.payloads = payloads
         self.timeout = timeout
+        self.fetched: set[str] = set()
         self._started = time.monotonic()
         self._replies: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
 
@@ -54,6 +58,7 @@ class _Asking:
         """What one site is asked. Its payload is in memory only while it is being sent."""
 
         def put_in(client_task: ClientTask, fl_ctx: FLContext):
+            self.fetched.add(site)
             data = Shareable()
             data["kind"], data["timeout"] = self.kind, self.remaining()
             try:
@@ -87,6 +92,11 @@ class _Asking:
     def remaining(self) -> float | None:
         """Seconds that sites still have."""
         return None if self.timeout is None else max(0.0, self._started + self.timeout - time.monotonic())
+
+    def unfetched(self, sites: Iterable[str]) -> list[str]:
+        """Those that have had time enough to fetch the request, and have not."""
+        late = time.monotonic() - self._started > FETCH_SECONDS
+        return [site for site in sites if late and site not in self.fetched]
 
     def reply(self, site: str, payload: bytes | None = None, error: str | None = None) -> Reply:
         return Reply(site, payload, error, time.monotonic() - self._started)
@@ -213,6 +223,9 @@ class OwnerController(Controller):
         if asking.remaining() == 0:
             return dict.fromkeys(waiting, f"TimeoutError: it took longer than {asking.timeout:g} s")
         connected = self.sites()
-        return {
-            site: "ConnectionError: it is not connected, or was revoked" for site in waiting if site not in connected
-        }
+        errors = dict.fromkeys(
+            filter(self._presence.has_started, asking.unfetched(waiting)),
+            "ConnectionError: it does not fetch the request",
+        )
+        gone = (site for site in waiting if site not in connected)
+        return errors | dict.fromkeys(gone, "ConnectionError: it is not connected")

@@ -41,6 +41,7 @@ class Presence:
         self._ask, self._clock = ask, clock
         self._heard = dict.fromkeys(names, clock() + START_SECONDS)
         self._unreachable: set[str] = set()
+        self._started: set[str] = set()  # sites that have been heard of
         self._ended = threading.Event()
 
     def watch(self):
@@ -59,10 +60,15 @@ class Presence:
         for name, code in self._ask(list(self._heard), ANSWER_SECONDS).items():
             if code == ReturnCode.OK:
                 self._heard[name] = self._clock()
+                self._started.add(name)
             if code in (ReturnCode.OK, ReturnCode.TIMEOUT):
                 self._unreachable.discard(name)
             else:
                 self._unreachable.add(name)
+
+    def has_started(self, name: str) -> bool:
+        """Whether a site's process of the job has been heard of."""
+        return name in self._started
 
     def is_there(self, name: str) -> bool:
         """Whether a site has been heard of lately."""
