@@ -202,7 +202,7 @@ def test_a_run_goes_on_when_the_engine_loses_a_process(folder, kits):
 
 def test_a_run_that_is_stopped_goes_on_without_a_site_that_was_revoked(folder, kits):
     kit = ["--kit", kits[ADMINISTRATOR]]
-    with serving(folder, kits, "stopped", "--num_rounds", 1000, "--patience", 5) as served:
+    with serving(folder, kits, "stopped", "--num_rounds", 1000, "--patience", 30) as served:
         said = fedbiot("status", *kit).stdout
         assert "site    north: connected" in said and f"run     going on, in {folder / 'stopped'}" in said
         assert "is the last that has ended; answers of " in said
