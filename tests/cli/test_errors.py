@@ -63,6 +63,7 @@ def test_last_line_under_accelerate_launch(processes):
     assert result.stderr.splitlines()[-1] == RATIO
 
 
+@pytest.mark.trains
 def test_error_of_a_library_comes_with_its_traceback(tmp_path):
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "a"}\n')

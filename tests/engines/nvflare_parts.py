@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedbiot_trainer.engines.errors import SiteError
-from fedbiot_trainer.federation.interruption import RunInterrupted
 
 
 class ObedientSite:
@@ -89,7 +88,7 @@ def owner(carrier, argument: str):
             seconds = time.perf_counter() - started
             found["results"].append({"replies": replies, "seconds": seconds, "sites": carrier.sites()})
         found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    except (Exception, RunInterrupted) as error:
+    except BaseException as error:  # the end of a run is no `Exception`
         found["aborted"] = f"{type(error).__name__}: {error}"
         raise
     finally:

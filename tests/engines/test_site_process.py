@@ -14,6 +14,8 @@ from fedbiot_trainer.engines.nvflare.process import SiteProcess, Stopped
 from fedbiot_trainer.engines.nvflare.site import load
 
 
+pytestmark = pytest.mark.trains
+
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "fedbiot_trainer.engines.nvflare.site", "nvflare_parts:ObedientSite", "hospital"]
 

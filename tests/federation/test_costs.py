@@ -302,6 +302,7 @@ def test_tables():
         assert cells == [f"{client[name]:,}" for client in case.clients.values()]
 
 
+@pytest.mark.trains
 def test_command_line_with_seven_billion_parameters(tmp_path, capsys):
     LlamaConfig().save_pretrained(tmp_path)
     flags = ["--model", str(tmp_path / "config.json"), "--lora_r", "4", "--alignment_batch_size", "1"]
@@ -316,6 +317,7 @@ def test_command_line_with_seven_billion_parameters(tmp_path, capsys):
     assert "6,738,415,616" in shown and "13.5 GB" in shown
 
 
+@pytest.mark.trains
 def test_command_line_is_the_function(tmp_path):
     config = small().config
     config.save_pretrained(tmp_path)

@@ -14,6 +14,8 @@ import yaml
 from conftest import tiny_model
 
 
+pytestmark = pytest.mark.trains
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "smollm2"
 DATA = Path(os.environ.get("FEDBIOT_DATA", ""))

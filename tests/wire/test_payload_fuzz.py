@@ -364,6 +364,7 @@ ClientUpdate.from_bytes(good, client_lora=state)
 """
 
 
+@pytest.mark.trains
 def test_bombs_take_neither_memory_nor_time():
     done = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -30,9 +30,8 @@ POLL_SECONDS = 0.5  # between two looks whether the job is aborted or a site has
 # which NVFlare lets it wait for 300 s.
 FETCH_SECONDS = 30.0
 MAX_ERROR_LENGTH = 500
-
-
 ABORTED = "NVFlare ends the job."
+REVOKED = "it was revoked"
 
 
 class JobAborted(RunInterrupted):
@@ -162,7 +161,7 @@ class OwnerController(Controller):
 
     def sites(self) -> list[str]:
         """Names, as their certificates say, of the sites that take part in the job, are connected and were not revoked."""
-        revoked = revoked_sites(Path(self._fl_ctx.get_engine().get_workspace().get_root_dir()))
+        revoked = self._revoked()
         return [
             name
             for name in self._participants()
@@ -172,6 +171,9 @@ class OwnerController(Controller):
     def is_ending(self) -> bool:
         """Whether NVFlare ends the job. It kills the process some ten seconds later."""
         return self._abort_signal.triggered
+
+    def _revoked(self) -> list[str]:
+        return revoked_sites(Path(self._fl_ctx.get_engine().get_workspace().get_root_dir()))
 
     def _participants(self) -> list[str]:
         return [client.name for client in self._fl_ctx.get_engine().get_clients()]
@@ -209,7 +211,8 @@ class OwnerController(Controller):
                 reply = asking.next_reply(POLL_SECONDS)
                 if reply is not None:
                     if waiting.pop(reply.client, None) is not None:
-                        yield reply
+                        revoked = reply.client in self._revoked()
+                        yield asking.reply(reply.client, error=REVOKED) if revoked else reply
                     continue
                 for site, error in self._given_up(waiting, asking).items():
                     self.cancel_task(waiting.pop(site))
@@ -228,4 +231,5 @@ class OwnerController(Controller):
             "ConnectionError: it does not fetch the request",
         )
         gone = (site for site in waiting if site not in connected)
-        return errors | dict.fromkeys(gone, "ConnectionError: it is not connected")
+        errors |= dict.fromkeys(gone, "ConnectionError: it is not connected")
+        return errors | {site: REVOKED for site in self._revoked() if site in waiting}
