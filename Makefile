@@ -26,13 +26,13 @@ demo: $(VENV)/.runtime
 # Two processes. The tests of a file stay together, with what its fixtures have launched; files in their order, in which
 # short ones end the run, so that no process waits long for the other.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-FAST := -m "not slow and not trains"
+UNTRAINED := -m "not slow and not trains"
 
 test: install
 	$(BIN)/$(PYTEST) -m "not slow"
 
 test-fast: install
-	$(BIN)/$(PYTEST) $(FAST)
+	$(BIN)/$(PYTEST) -m "not slow and not trains and not architectures"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -41,7 +41,7 @@ test-slow: install
 test-oldest test-newest: test-%:
 	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[test]"
-	$(VENV)-$*/bin/$(PYTEST) $(FAST)
+	$(VENV)-$*/bin/$(PYTEST) $(UNTRAINED)
 
 # In an environment of its own: lm_eval brings some thirty packages.
 test-lm-eval:

@@ -8,6 +8,8 @@ from conftest import needs_experts
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+pytestmark = pytest.mark.architectures
+
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("architectures", ROOT / "benchmarks" / "architectures.py")
 architectures = importlib.util.module_from_spec(spec)

@@ -15,6 +15,8 @@ from fedbiot_trainer.shared.lora_state import EMULATOR, get_lora_state
 from fedbiot_trainer.shared.losses import hidden_state_loss
 
 
+pytestmark = pytest.mark.architectures
+
 CPU = torch.device("cpu")
 
 

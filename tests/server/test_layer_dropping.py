@@ -10,6 +10,9 @@ from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.wire.package import EmulatorPackage
 
 
+pytestmark = pytest.mark.architectures
+
+
 def test_kept_layers_over_all_sizes():
     for num_layers in range(1, 121):
         for percent in range(100):

@@ -13,6 +13,8 @@ from fedbiot_trainer.shared.lora_state import get_lora_state, save_lora
 from fedbiot_trainer.wire.package import EmulatorPackage
 
 
+pytestmark = pytest.mark.architectures
+
 MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
 EXPERTS = {**MOE, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 MLA = {
