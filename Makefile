@@ -1,4 +1,4 @@
-.PHONY: install demo test test-fast test-slow test-oldest test-newest test-lm-eval test-deployment test-namespaces architectures settings quality style clean
+.PHONY: install demo test test-fast test-slow test-oldest test-newest test-lm-eval test-deployment test-deployment-thorough test-namespaces architectures settings quality style clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -58,9 +58,12 @@ $(VENV)-nvflare/.installed: setup.py constraints.txt
 	$(VENV)-nvflare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[nvflare,test]"
 	touch $@
 
-# Owner and sites as real processes of this machine.
+# Owner and sites as real processes of this machine: a run and its continuation, then what takes a quarter of an hour.
 test-deployment: $(VENV)-nvflare/.installed
-	$(VENV)-nvflare/bin/python -m pytest tests/engines tests/cli/test_deployment_commands.py --ignore-glob "*/test_namespace*"
+	$(VENV)-nvflare/bin/python -m pytest tests/engines tests/cli/test_deployment_commands.py --ignore-glob "*/test_namespace*" -m "not thorough and not trains"
+
+test-deployment-thorough: $(VENV)-nvflare/.installed
+	$(VENV)-nvflare/bin/python -m pytest tests/engines --ignore-glob "*/test_namespace*" -m "thorough or trains"
 
 # Each on a machine of its own, which is a network namespace: Linux alone, and as root.
 test-namespaces: $(VENV)-nvflare/.installed

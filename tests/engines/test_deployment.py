@@ -183,6 +183,7 @@ def test_a_served_run_goes_on(folder, kits):
     assert len((folder / "served" / "rounds.jsonl").read_text().splitlines()) == 5
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_when_the_engine_loses_a_process(folder, kits):
     """NVFlare's own process of the job at a site, without which it ends the job for all."""
     with serving(folder, kits, "lost", "--num_rounds", 12) as served:
@@ -200,6 +201,7 @@ def test_a_run_goes_on_when_the_engine_loses_a_process(folder, kits):
     assert [json.loads(line)["server_round"] for line in rounds] == list(range(1, 13))
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_goes_on_without_a_site_that_was_revoked(folder, kits):
     kit = ["--kit", kits[ADMINISTRATOR]]
     with serving(folder, kits, "stopped", "--num_rounds", 1000, "--patience", 30) as served:
@@ -230,6 +232,7 @@ def test_a_run_that_is_stopped_goes_on_without_a_site_that_was_revoked(folder, k
     assert fedbiot("revoke", *kit, "west", "--undo").stdout.endswith("west may connect again.\n")
 
 
+@pytest.mark.thorough
 def test_a_site_refuses_beyond_its_limits(folder, kits):
     served = serve(folder, kits, "--output_dir", "refused", "--local_steps", "6")
     assert served.returncode == 1
@@ -246,6 +249,7 @@ def test_what_the_owner_cannot_ask_for_is_said_before_anything_is_sent(folder, k
     assert time.monotonic() - started < 120
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("launch", ["ddp", "zero2", "zero3"])
 def test_a_site_of_two_processes_comes_to_the_same(folder, kits, whole, launch):
     """One that is started anew, with other hardware."""

@@ -21,7 +21,7 @@ from fedbiot_trainer.engines.nvflare.job import write_job
 from fedbiot_trainer.engines.nvflare.provision import EXECUTOR, provision
 
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 HERE = Path(__file__).parent
 SITES = ["north", "south", "west"]
