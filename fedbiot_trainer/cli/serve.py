@@ -4,7 +4,8 @@ clients' text; the run itself goes on in the server that the owner's kit has sta
 
     fedbiot serve --kit kits/owner@fedbiot.org --min_sites 3 --config run.yaml
 
---kit KIT is the administrator's startup kit. A round waits for --min_sites N (default: 1) at most --patience X seconds (600), once for each time that one leaves.
+--kit KIT is the administrator's startup kit. A round waits for --min_sites N (default: 1) at most
+--patience X seconds (600), once for each time that one leaves.
 """
 
 import argparse
@@ -123,10 +124,10 @@ def _serve(session, order: dict, run: ServedRun):
             file = Path(folder, "order.json")
             file.write_text(json.dumps(order))
             job = session.submit_job(str(write_job(Path(folder, "job"), f"{__name__}:run", str(file))))
-            status, shown = _follow(session, job, log, shown)
+            status, shown = _follow(session, job, log, shown, run)
         if status == "FINISHED:COMPLETED":
             return
-        if run.was_stopped:
+        if run.was_stopped:  # after the last look at it
             raise RunInterrupted(signal.SIGTERM)
         # NVFlare ends a job when it loses a process of its own at one site.
         if restarts == MAX_RESTARTS or not log.is_file() or not log.read_text().endswith(ENDED_FROM_OUTSIDE):
@@ -151,18 +152,20 @@ def _wait_for_sites(session, min_sites: int, patience: float, run: ServedRun):
         time.sleep(POLL)
 
 
-def _follow(session, job: str, log: Path, shown: int) -> tuple[str, int]:
+def _follow(session, job: str, log: Path, shown: int, run: ServedRun) -> tuple[str, int]:
     """Print what a job logs until it ends. Returns how it ended, and how far the log was read."""
     status = ""
     try:
         while not status.startswith("FINISHED"):
             time.sleep(POLL)
+            if run.was_stopped:  # also where that was before there was a job
+                raise RunInterrupted(signal.SIGTERM)
             status = str(session.get_job_meta(job)["status"])
             shown = _show(log, shown)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         end_job(session, job)
         _show(log, shown)
-        raise RunInterrupted(signal.SIGINT) from None
+        raise RunInterrupted(getattr(interruption, "signal", signal.SIGINT)) from None
     return status, shown
 
 
