@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     session = open_session(administrator_kit(args.kit))
     try:
+        known = {site.name for site in session.get_connected_client_list()}
         (session.enable_client if args.undo else session.disable_client)(args.site)
     finally:
         session.close()
-    sys.stdout.write(f"{args.site} may {'connect again' if args.undo else 'not connect any more'}.\n")
+    doubt = "" if args.undo or args.site in known else " It was not connected: is that its name?"
+    sys.stdout.write(f"{args.site} may {'connect again' if args.undo else 'not connect any more'}.{doubt}\n")
