@@ -227,7 +227,9 @@ def measure_package(folder: Path, args) -> dict:
         assert wait_for_sites(session, sites, 300) == sites
         before = {name: pss(party) for name, party in parties.items()}
         sent, started = carried(), time.monotonic()
-        job = session.submit_job(str(write_job(folder / "job", f"{__file_name__}:deliver", str(folder / "package"))))
+        job = session.submit_job(
+            str(write_job(folder / "job", f"{Path(__file__).stem}:deliver", str(folder / "package")))
+        )
         watch = Watch(folder / "none", parties)
         waiting = subprocess.Popen([sys.executable, "-c", WAIT_FOR_JOB, str(kit), job], env=ENVIRONMENT)
         watch.until(waiting)
@@ -247,7 +249,6 @@ def measure_package(folder: Path, args) -> dict:
     }  # fmt: skip
 
 
-__file_name__ = Path(__file__).stem
 WAIT_FOR_JOB = """
 import sys
 from fedbiot_trainer.engines.nvflare.administrator import open_session

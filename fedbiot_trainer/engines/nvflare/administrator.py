@@ -36,12 +36,12 @@ def administrator_kit(kit: Path | None) -> Path:
     return kit.absolute()
 
 
-def open_session(administrator_kit: str | Path, timeout: float = 60.0) -> "Session":
+def open_session(kit: str | Path, timeout: float = 60.0) -> "Session":
     """
     Connect to the server as its administrator.
 
     Args:
-        administrator_kit (`str` or `Path`): Folder of the administrator's startup kit, named as the administrator.
+        kit (`str` or `Path`): Folder of the administrator's startup kit, named as the administrator.
         timeout (`float`, *optional*): Seconds to wait for the server.
 
     Raises:
@@ -49,7 +49,7 @@ def open_session(administrator_kit: str | Path, timeout: float = 60.0) -> "Sessi
     """
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-    kit = Path(administrator_kit)
+    kit = Path(kit)
     try:
         return new_secure_session(kit.name, str(kit), timeout=timeout)
     except ConnectionError as error:

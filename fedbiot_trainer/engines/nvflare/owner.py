@@ -30,7 +30,6 @@ POLL_SECONDS = 0.5  # between two looks whether the job is aborted or a site has
 # which NVFlare lets it wait for 300 s.
 FETCH_SECONDS = 30.0
 MAX_ERROR_LENGTH = 500
-ABORTED = "NVFlare ends the job."
 REVOKED = "it was revoked"
 
 
@@ -39,7 +38,7 @@ class JobAborted(RunInterrupted):
 
     def __init__(self):
         super().__init__(signal.SIGTERM)
-        self.args = (ABORTED,)
+        self.args = ("NVFlare ends the job.",)
 
 
 class _Asking:
