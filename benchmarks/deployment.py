@@ -4,8 +4,9 @@ same run in one process. It needs `pip install -e ".[nvflare]"`.
 
     s / round     from the end of a round to the end of the next, without the first
     MB payload    what the round's records say, of all sites, both ways
-    MB wire       what the loopback device carried in the same time, with TLS, TCP and the engine's own talk. It is read in a
-                  network namespace of the benchmark's own, and left out where none can be made
+    MB loopback   what the loopback device carried in the same time, with TLS, TCP and the engine's own talk, also between
+                  processes of one party. It is read in a network namespace of the benchmark's own, and left out where none
+                  can be made
     peak MB       largest proportional set size (PSS) of the owner's processes, and the largest of a site's
 
 Sites train side by side, one thread each; in one process they take turns. With one site (`--sites 1`) the ratio is what the
@@ -195,7 +196,7 @@ def measure_run(folder: Path, args) -> dict:
         **ratios,
         "target": 1.1 if len(sites) == 1 else None,
         "MB payload": payload / 1e6,
-        "MB wire": None if wire is None else wire / 1e6,
+        "MB loopback": None if wire is None else wire / 1e6,
         "one process peak MB": one.peak(is_owner=True),
         "owner peak MB": many.peak(is_owner=True),
         "site peak MB": many.peak(is_owner=False),
@@ -241,7 +242,7 @@ def measure_package(folder: Path, args) -> dict:
     return {
         "case": f"package of {args.package_gb:g} GB to {len(sites)} sites",
         "seconds": seconds,
-        "ratio_median": ratio, "ratio_min": ratio, "ratio_max": ratio, "target": 1.05,
+        "ratio_median": ratio, "ratio_min": ratio, "ratio_max": ratio, "target": None,
         "owner idle MB": before["owner"] / 1e6,
         "owner peak MB": watch.peak(is_owner=True),
         "site idle MB": max(before[site] for site in sites) / 1e6,
