@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..config import FedBiOTConfig
+from ..shared.compat import labels_alone
 from ..shared.lora_state import CLIENT, get_lora_state, load_lora, lora_factors, save_lora, set_lora_state
 from ..shared.processes import gathered, is_sharded, release_whole
 from ..shared.round_trainer import RoundTrainer
@@ -92,7 +93,8 @@ class ClientSFTTrainer(RoundTrainer):
         self.take_steps(work.local_steps, seed=work.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with labels_alone():
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
             return loss
         loss, outputs = loss if return_outputs else (loss, None)

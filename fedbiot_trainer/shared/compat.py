@@ -11,6 +11,7 @@ import importlib.metadata
 import platform
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,14 @@ CPU_CAPABILITIES = Difference(
     link=_GITHUB + "pytorch/pytorch/blob/v2.13.0/torch/cpu/__init__.py",
     test="test_instructions_for_bfloat16_are_found",
 )
-DIFFERENCES = (FUSED_HEAD, SCALED_LOSS, GROUPED_HEADS, EXPERTS, CPU_CAPABILITIES)
+LABELS_ALONE = Difference(
+    library="trl",
+    before="1.16",
+    why="has no `_use_triton` there: the loss projects positions with a label alone on every device",
+    link=_GITHUB + "huggingface/trl/blob/v1.16.0/trl/trainer/utils.py",
+    test="test_positions_without_a_label_are_not_scored",
+)
+DIFFERENCES = (FUSED_HEAD, SCALED_LOSS, GROUPED_HEADS, EXPERTS, CPU_CAPABILITIES, LABELS_ALONE)
 
 
 # Everything a module keeps of hooks that run with it; hooks for state dicts stay.
@@ -165,6 +173,25 @@ def add_fused_lm_head(model: PreTrainedModel, outputs: tuple[str, ...]):
         return SimpleNamespace(log_probs=torch.cat(found).view(shape))
 
     model.forward = forward
+
+
+@contextmanager
+def labels_alone():
+    """
+    Have the loss of [`~trl.SFTTrainer`] project positions with a label alone onto the vocabulary on a CPU and on MPS too:
+    of a prompt with a short completion they are few, and the vocabulary is the larger part of a small model's work.
+    """
+    if LABELS_ALONE.applies:
+        yield
+        return
+    from trl.trainer import utils
+
+    has_triton = utils._use_triton
+    utils._use_triton = lambda device: device.type in ("cpu", "mps") or has_triton(device)
+    try:
+        yield
+    finally:
+        utils._use_triton = has_triton
 
 
 def worker_settings(args: TrainingArguments) -> dict[str, Any]:

@@ -9,7 +9,7 @@ override of a method that nobody calls any more changes nothing. What stands by 
 
 from dataclasses import dataclass
 
-from .compat import FUSED_HEAD, SCALED_LOSS, Difference
+from .compat import FUSED_HEAD, LABELS_ALONE, SCALED_LOSS, Difference
 
 
 # The versions whose source was read, and where it is.
@@ -105,6 +105,8 @@ USES = (
     Use(_SFT, "SFTTrainer._metrics", "what is logged beside the loss", "test_loss_holds_the_proximal_term"),
     Use(_SFT, "DataCollatorForLanguageModeling", "pads the held-out text", "test_padding_changes_nothing"),
     Use("trl.trainer.utils", "add_fused_lm_head", "a plan counts what the loss costs", "test_local_step", _FUSED_OPTIONS, FUSED_HEAD),
+    Use("trl.trainer.utils", "_use_triton", "which positions the loss projects on which device",
+        "test_positions_without_a_label_are_not_scored", but=LABELS_ALONE),
     # Of models.
     Use("transformers.configuration_utils", "PreTrainedConfig._attn_implementation", "an emulator has its model's",
         "test_both_models_have_the_same_setting"),

@@ -16,6 +16,7 @@ from conftest import (
 )
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -78,6 +79,31 @@ def test_one_client_without_proximal_term_is_plain_sft(make_args, make_alignment
     assert_as_exact(*(torch.tensor(run, dtype=torch.float64) for run in losses))
     assert_as_exact(*(torch.cat([state[key].flatten() for key in start]) for state in states))
     assert any(not torch.allclose(states[0][key], start[key], atol=1e-3) for key in start)
+
+
+def test_positions_without_a_label_are_not_scored(make_args, package, tokenizer):
+    class Products(TorchDispatchMode):
+        """Numbers of rows in all products of the size of the vocabulary."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                left, right = [value for value in args if isinstance(value, torch.Tensor)][-2:]
+                if right.shape[1] == vocab_size:
+                    rows.append(len(left))
+            return function(*args, **(kwargs or {}))
+
+    text = Dataset.from_dict({"prompt": ["1+2=3;" * n for n in (1, 2, 3)], "completion": ["4"] * 3})
+    trainer = ClientSFTTrainer(package, make_args(proximal_weight=0), text, processing_class=tokenizer)
+    vocab_size, rows = trainer.model.config.vocab_size, []
+    set_trainable_lora(trainer.model, "client")
+    trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    scored = batch["labels"][:, 1:]
+    labels = (scored != -100).sum().item()
+    assert 0 < labels < scored.numel() / 3
+    with Products():
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert labels in rows and scored.numel() not in rows
 
 
 def test_client_gets_the_same_from_batch_times_accumulation(make_args, package, tokenizer):
