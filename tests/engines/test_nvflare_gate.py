@@ -128,13 +128,17 @@ def test_a_site_that_fetches_nothing_is_given_up(sites, monkeypatch):
     found.look()
     controller = owner.OwnerController("module:function")
     controller._presence = found
+    revoked: list[str] = []
     monkeypatch.setattr(controller, "sites", lambda: list(codes))
+    monkeypatch.setattr(controller, "_revoked", lambda: revoked)
     asking = owner._Asking("fit", {}, None)
     asking.fetched.add("north")
     assert controller._given_up(dict.fromkeys(codes), asking) == {}
     asking._started -= owner.FETCH_SECONDS + 1
     given_up = {"south": "ConnectionError: it does not fetch the request"}
     assert controller._given_up(dict.fromkeys(codes), asking) == given_up
+    revoked.append("north")
+    assert controller._given_up(dict.fromkeys(codes), asking) == given_up | {"north": owner.REVOKED}
 
 
 def test_who_takes_no_part_is_not_there(sites):
