@@ -14,7 +14,7 @@ engine adds to a round.
 
     python benchmarks/deployment.py --json deployment.json
     python benchmarks/deployment.py --sites 1 --hidden_size 576 --num_layers 30 --vocab_size 49152 --intermediate_size 1536
-    python benchmarks/deployment.py --sites 30 --hidden_size 32
+    python benchmarks/deployment.py --sites 30 --hidden_size 32 --num_layers 6 --local_steps 2 --num_tokens 50
     python benchmarks/deployment.py --package_gb 2
 """
 
