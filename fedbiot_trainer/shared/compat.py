@@ -90,7 +90,7 @@ CPU_CAPABILITIES = Difference(
 LABELS_ALONE = Difference(
     library="trl",
     before="1.16",
-    why="has no `_use_triton` there: the loss projects positions with a label alone on every device",
+    why="has no `_use_triton` there: no device is an exception to what the loss projects",
     link=_GITHUB + "huggingface/trl/blob/v1.16.0/trl/trainer/utils.py",
     test="test_positions_without_a_label_are_not_scored",
 )

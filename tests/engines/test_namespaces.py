@@ -225,7 +225,7 @@ def test_a_kit_of_another_federation_does_not_register(federation):
 
 OPEN_SESSION = """
 import os, sys
-from fedbiot_trainer.engines.nvflare.job import open_session
+from fedbiot_trainer.engines.nvflare.administrator import open_session
 try:
     open_session(sys.argv[1], 20.0)
     print("open")
