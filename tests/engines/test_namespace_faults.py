@@ -210,7 +210,7 @@ def test_the_server_dies_and_the_run_goes_on_where_it_was(run):
 
 def test_the_owner_stops_the_run(run):
     assert run.served.stop() == 128 + signal.SIGINT
-    assert "stopped. To go on: --resume_from_checkpoint true" in run.served.said()
+    assert "stopped by SIGINT. To go on: --resume_from_checkpoint true" in run.served.said()
 
 
 def test_the_owner_has_nothing_of_the_sites(run):
