@@ -179,7 +179,7 @@ def add_fused_lm_head(model: PreTrainedModel, outputs: tuple[str, ...]):
 def labels_alone():
     """
     Have the loss of [`~trl.SFTTrainer`] project positions with a label alone onto the vocabulary on a CPU and on MPS too:
-    of a prompt with a short completion they are few, and the vocabulary is the larger part of a small model's work.
+    of a prompt with a short completion they are few, and the vocabulary is a large part of a small model's work.
     """
     if LABELS_ALONE.applies:
         yield
