@@ -46,7 +46,7 @@ def arms(task: str) -> dict[str, list[str]]:
         "20 steps in each round": ("alignment_steps", 20),
         "alignment learning rate 2e-4": ("alignment_learning_rate", 2e-4),
         "alignment learning rate 2e-3": ("alignment_learning_rate", 2e-3),
-        "KL weight 0.9": ("alignment_kl_weight", 0.9),
+        "no KL": ("alignment_kl_weight", 0),
         "emulator LoRA of rank 8": ("emulator_lora_r", 8),
         "emulator LoRA of rank 128": ("emulator_lora_r", 128),
         "no proximal term": ("proximal_weight", 0),
@@ -55,8 +55,7 @@ def arms(task: str) -> dict[str, list[str]]:
         "learning rate 1e-3": ("learning_rate", 1e-3),
         "learning rate 2e-3": ("learning_rate", 2e-3),
         "twice the rounds": ("num_rounds", 2 * rounds),
-        "4 adapter layers": ("num_adapter_layers", 4),
-        "6 adapter layers": ("num_adapter_layers", 6),
+        **{f"{n} adapter layers": ("num_adapter_layers", n) for n in (2, 4, 6) if n != settings["num_adapter_layers"]},
     }
     return {
         BASE: [],
