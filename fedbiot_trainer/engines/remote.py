@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..federation.pool import Reply
 from ..wire.frame import shown
-from ..wire.shipment import PIECE, PackageList
+from ..wire.shipment import PIECE, PackageList, Piece
 
 
 POLL = 0.5  # seconds
@@ -100,19 +100,28 @@ class RemoteClients:
         package, pieces = PackageList.of(self.package, self._digests), {}
         for reply in self.carrier.ask("hello", dict.fromkeys(names, package.to_bytes()), seconds):
             try:
-                pieces[reply.client] = package.pieces(self.package, read_had(reply, package), self.piece)
+                pieces[reply.client] = package.pieces(read_had(reply, package), self.piece)
             except ValueError as error:
                 errors[reply.client] = str(error)
         while pieces:
-            following = {name: piece for name, left in pieces.items() if (piece := next(left, None)) is not None}
-            pieces = {name: left for name, left in pieces.items() if name in following}
-            for reply in self.carrier.ask("package", following, seconds):
-                self.bytes_delivered += len(following[reply.client])
-                if reply.error is not None:
-                    errors[reply.client] = reply.error
-                    del pieces[reply.client]
+            places = {name: piece for name, left in pieces.items() if (piece := next(left, None)) is not None}
+            pieces = {name: left for name, left in pieces.items() if name in places}
+            failed = self._bring(places, seconds)
+            errors |= failed
+            pieces = {name: left for name, left in pieces.items() if name not in failed}
         self._ready |= set(names) - errors.keys()
         self._known |= self._ready
+        return errors
+
+    def _bring(self, places: Mapping[str, Piece], seconds: float) -> dict[str, str]:
+        """One piece to each site. Sites that are at the same place share it in memory. Returns what failed."""
+        read = {piece: piece.read(self.package) for piece in set(places.values())}
+        payloads = {name: read[piece] for name, piece in places.items()}
+        errors = {}
+        for reply in self.carrier.ask("package", payloads, seconds):
+            self.bytes_delivered += len(payloads[reply.client])
+            if reply.error is not None:
+                errors[reply.client] = reply.error
         return errors
 
 

@@ -41,8 +41,10 @@ def shown(value: Any) -> str:
 def encode(manifest: dict[str, Any], tensors: bytes) -> bytes:
     """A payload of plain values and of what safetensors made of tensors."""
     head = _encode_manifest(manifest)
-    rest = len(head).to_bytes(8, "little") + head + tensors
-    return MAGIC + hashlib.sha256(rest).digest() + rest
+    head = len(head).to_bytes(8, "little") + head
+    digest = hashlib.sha256(head)
+    digest.update(tensors)
+    return b"".join((MAGIC, digest.digest(), head, tensors))
 
 
 def frame_size(manifest: dict[str, Any], tensors: bytes) -> int:

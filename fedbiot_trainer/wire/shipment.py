@@ -123,27 +123,43 @@ class PackageList:
             raise PayloadError(f"The package list has files {shown(files)}, expected name, size and sha256 of each.")
         return cls(tuple(PackageFile(**file) for file in files)).checked()
 
-    def pieces(self, folder: str | Path, had: dict[str, int], size: int = PIECE) -> Iterator[bytes]:
+    def pieces(self, had: dict[str, int], size: int = PIECE) -> "Iterator[Piece]":
         """
-        The content that a site lacks.
+        What a site lacks.
 
         Args:
-            folder (`str` or `Path`): The package.
             had (`dict[str, int]`): Bytes that the site has of each file; of one that is not named, none.
-            size (`int`, *optional*): Bytes of a piece.
+            size (`int`, *optional*): Bytes of a piece, at most.
 
         Yields:
-            `bytes`: A piece for [`read_piece`]. A file that is empty has one.
+            [`Piece`]: In the order of the files. A file that is empty has one.
         """
         for file in self.files:
             start = had.get(file.name)
-            if start == file.size:
-                continue
-            with Path(folder, file.name).open("rb") as content:
-                content.seek(start or 0)
+            if start != file.size:
                 for offset in range(start or 0, max(file.size, 1), size):
-                    place = {"kind": "package_piece", "file": file.name, "offset": offset}
-                    yield encode(place, content.read(size))
+                    yield Piece(file.name, offset, size)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    Attributes:
+        file (`str`): Its name in the package.
+        offset (`int`): Where in it the piece begins, in bytes.
+        size (`int`): Bytes, at most: less at the end of the file.
+    """
+
+    file: str
+    offset: int
+    size: int
+
+    def read(self, folder: str | Path) -> bytes:
+        """The payload for [`read_piece`], from the package in `folder`."""
+        with Path(folder, self.file).open("rb") as content:
+            content.seek(self.offset)
+            place = {"kind": "package_piece", "file": self.file, "offset": self.offset}
+            return encode(place, content.read(self.size))
 
 
 def read_piece(data: bytes) -> tuple[str, int, memoryview]:

@@ -1,11 +1,13 @@
 """What the processes of `test_nvflare.py` run: sites that obey their payload, and an owner's function that asks them."""
 
+import gc
 import json
 import os
 import resource
 import signal
 import subprocess
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -80,13 +82,17 @@ def owner(carrier, argument: str):
     file = Path(argument)
     found = {"results": []}
     write(file.with_suffix(".begun"), found)
+    gc.disable()  # so that what is still referred to, also in a cycle, is still there
     try:
         for kind, texts, timeout, size in json.loads(file.read_text()):
             payloads = Payloads(texts or dict.fromkeys(carrier.sites(), ""), size)
             started = time.perf_counter()
             replies = [told(reply, payloads) for reply in carrier.ask(kind, payloads, timeout)]
             seconds = time.perf_counter() - started
-            found["results"].append({"replies": replies, "seconds": seconds, "sites": carrier.sites()})
+            alive = weakref.ref(payloads)
+            del payloads
+            kept = alive() is not None
+            found["results"].append({"replies": replies, "seconds": seconds, "sites": carrier.sites(), "kept": kept})
         found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     except BaseException as error:  # the end of a run is no `Exception`
         found["aborted"] = f"{type(error).__name__}: {error}"

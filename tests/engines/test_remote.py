@@ -167,6 +167,18 @@ def test_the_package_is_sent_once_in_pieces(make_owner, make_sites):
     assert [kind for kind, _ in carrier.asked].count("package") == 0
 
 
+def test_a_piece_for_several_sites_is_in_memory_once(make_owner, make_sites):
+    class Counting(Carrier):
+        def ask(self, kind, payloads, timeout):
+            if kind == "package":
+                copies.append(len({id(payload) for payload in payloads.values()}) / len(payloads) if payloads else 0)
+            return super().ask(kind, payloads, timeout)
+
+    copies = []
+    make_owner(Counting(make_sites()), **SETTINGS).train()
+    assert len(copies) > 5 and max(copies) == pytest.approx(1 / 3)
+
+
 def lora_pieces(owner):
     """Of the two files of a package that are others after each round."""
     sizes = [

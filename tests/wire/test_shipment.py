@@ -29,8 +29,8 @@ def store(tmp_path):
 def deliver(store, listed, folder, limit=None):
     files = {file.name: file for file in listed.files}
     sent = 0
-    for piece in listed.pieces(folder, store.had(listed), size=100):
-        name, offset, content = read_piece(piece)
+    for piece in listed.pieces(store.had(listed), size=100):
+        name, offset, content = read_piece(piece.read(folder))
         store.write(files[name], offset, content)
         sent += 1
         if sent == limit:

@@ -217,6 +217,7 @@ class OwnerController(Controller):
                     self.cancel_task(waiting.pop(site))
                     yield asking.reply(site, error=error)
         finally:
+            asking.payloads = {}  # NVFlare's tasks refer to each other, and to this, until Python collects such cycles
             for task in waiting.values():
                 self.cancel_task(task)
 
