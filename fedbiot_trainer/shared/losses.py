@@ -82,5 +82,4 @@ class _ChunkedKL(torch.autograd.Function):
 
 def _log_normalizer(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """`logsumexp(logits)` of each row, from the likeliest entry of the softmax that was taken already."""
-    largest = logits.argmax(-1, keepdim=True)
-    return logits.gather(-1, largest) - probabilities.gather(-1, largest).log()
+    return logits.amax(-1) - probabilities.amax(-1).log()
