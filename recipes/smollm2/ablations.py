@@ -55,8 +55,9 @@ def arms(task: str) -> dict[str, list[str]]:
         "learning rate 1e-3": ("learning_rate", 1e-3),
         "learning rate 2e-3": ("learning_rate", 2e-3),
         "twice the rounds": ("num_rounds", 2 * rounds),
-        **{f"{n} adapter layers": ("num_adapter_layers", n) for n in (2, 4, 6) if n != settings["num_adapter_layers"]},
     }
+    here = settings.get("num_adapter_layers_bottom", 0), settings["num_adapter_layers"]
+    places = {f"{n} adapter layers on top": (0, n) for n in (2, 4, 6)} | {"3 adapter layers at each end": (3, 3)}
     return {
         BASE: [],
         **{name: [f"--{flag}", str(value)] for name, (flag, value) in one.items()},
@@ -65,6 +66,11 @@ def arms(task: str) -> dict[str, list[str]]:
         "twice the local steps, half the rounds": ["--local_steps", f"{2 * steps}", "--num_rounds", f"{rounds // 2}"],
         "client LoRA of rank 32": ["--lora_r", "32", "--lora_alpha", "64"],
         "best plug-in scale": ["--plug_in_scales", *SCALES],
+        **{
+            name: ["--num_adapter_layers_bottom", f"{bottom}", "--num_adapter_layers", f"{top}"]
+            for name, (bottom, top) in places.items()
+            if (bottom, top) != here
+        },
     }
 
 

@@ -95,7 +95,14 @@ def whole(make_runner, runs):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"freeze_a": True}, {"client_ranks": ["west=2"], "aggregation": "svd"}], ids=str
+    "settings",
+    [
+        {},
+        {"freeze_a": True},
+        {"client_ranks": ["west=2"], "aggregation": "svd"},
+        {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1},
+    ],
+    ids=str,
 )
 def test_a_run_with_sites_is_the_run_in_one_process(whole, make_owner, make_sites, settings):
     whole = whole(**settings)

@@ -230,9 +230,11 @@ def test_yaml_is_the_recipes_common_setting(task):
     ours, svamp = (yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in (task, "svamp"))
     own = {"dataset_name", "client_datasets", "eval_dataset_name", "public_dataset_name", "num_clients", "partition",
            "max_length", "local_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_metric",
-           "eval_max_new_tokens", "output_dir", "num_adapter_layers"}  # fmt: skip
+           "eval_max_new_tokens", "output_dir", "num_adapter_layers", "num_adapter_layers_bottom"}  # fmt: skip
     assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in svamp.items() if k not in own}
-    assert (ours["emulator_drop_ratio"], ours["num_adapter_layers"]) == (0.5, 6 if task in ("xquad", "gsm8k") else 2)
+    adapter_layers = {"xquad": (3, 3), "gsm8k": (0, 6)}.get(task, (0, 2))
+    assert (ours.get("num_adapter_layers_bottom", 0), ours["num_adapter_layers"]) == adapter_layers
+    assert ours["emulator_drop_ratio"] == 0.5
     assert ours["eval_metric"] in ("exact_match", "gsm8k_accuracy") or (ROOT / ours["eval_metric"]).is_dir()
 
 
