@@ -308,13 +308,14 @@ class RoundTrainer(SFTTrainer):
         self.step_metrics.clear()
         renew_trainable(self.model)
         self._prepare_processes()
-        # Accelerate wraps `forward` for mixed precision at every call, and Transformers wraps `generate` for FSDP2;
-        # without this the wrappers would pile up.
+        # Accelerate wraps `forward` for mixed precision, and Transformers wraps `generate` for FSDP2. Both go with the
+        # training that wanted them, and so does Accelerate's mark, with which it would not wrap `forward` again.
         forward, generate = (vars(self.model).get(name) for name in ("forward", "generate"))
         try:
             output = super().train(*args, **kwargs)
         finally:
-            self.model.__dict__.pop("forward", None)
+            for name in ("forward", "_is_accelerate_prepared"):
+                self.model.__dict__.pop(name, None)
             if forward is not None:
                 self.model.forward = forward
             if generate is not None:

@@ -144,6 +144,8 @@ USES = (
         ("module", "params_and_buffers_to_ignore")),
     Use("transformers.integrations.deepspeed", "propagate_args_to_deepspeed", "fills in each trainer's batch size",
         "test_batch_sizes_are_each_trainers_own", ("accelerator", "args", "auto_find_batch_size")),
+    Use("accelerate.accelerator", "_is_accelerate_prepared", "a mark with which a model is not wrapped for mixed precision",
+        "test_every_training_is_in_mixed_precision"),
     Use("accelerate.accelerator", "Accelerator.deepspeed_engine_wrapped", "the engine of a training that has ended",
         "test_memory_does_not_grow_with_the_rounds"),
     Use("accelerate.utils.deepspeed", "DeepSpeedEngineWrapper.engine", "the same",

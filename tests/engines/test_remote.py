@@ -115,6 +115,12 @@ def test_a_run_with_sites_is_the_run_in_one_process(whole, make_owner, make_site
         assert one.client_losses == other.client_losses and one.bytes_up == other.bytes_up
 
 
+def test_a_run_with_sites_in_mixed_precision_is_the_run_in_one_process(whole, make_owner, make_sites):
+    owner = make_owner(Carrier(make_sites(bf16=True)), **SETTINGS, bf16=True)
+    owner.train()
+    assert same(whole(bf16=True).server.client_lora, owner.server.client_lora)
+
+
 def test_sites_with_smaller_micro_batches_come_to_the_same(whole, make_owner, make_sites):
     """As one process does that cuts its batches so."""
     cut = whole(per_device_train_batch_size=1, gradient_accumulation_steps=4)

@@ -33,6 +33,17 @@ def test_resume_from_a_checkpoint(make_args, tokenizer, tmp_path, party):
     assert resumed.state.global_step == 6
 
 
+def test_every_training_is_in_mixed_precision(make_runner):
+    """Both parties train the same model object in turn, many times."""
+    runner = make_runner(num_rounds=2, bf16=True)
+    computed = []
+    layer = runner.server.models.adap_emu.base_model.model.model.layers[0].mlp
+    layer.register_forward_hook(lambda layer, args, output: computed.append((layer.training, output.dtype)))
+    runner.train()
+    trained = [dtype for training, dtype in computed if training]
+    assert len(trained) > 10 and set(trained) == {torch.bfloat16}
+
+
 def test_code_from_the_hub_needs_a_yes(make_args, tokenizer, monkeypatch, tmp_path):
     loaded = []
 
