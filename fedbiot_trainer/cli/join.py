@@ -29,8 +29,8 @@ PROCESS = "fedbiot_trainer.engines.nvflare.site"
 LIMITS = [field.name for field in fields(SiteLimits)]
 EXCHANGED = """\
 receives  once: the emulator package, at most {max_package_gb:g} GB; each round: two LoRAs and what to do
-sends     each round: the client LoRA, the number of examples, the mean training loss; once: the emulator's loss on up to
-          as many examples as the owner's plan says. No text, no token, no path.
+sends     each round: the client LoRA, the number of examples, the means of training loss and proximal term; once: the
+          emulator's loss on up to as many examples as the owner's plan says. No text, no token, no path.
 """
 
 
@@ -54,10 +54,14 @@ def read_settings(file: Path | None) -> dict[str, Any]:
 
 def make_site(file: str) -> Site:
     """The site that a file of [`main`] describes, in each of its processes."""
-    spec = json.loads(Path(file).read_text())
+    return _site_of(json.loads(Path(file).read_text()))
+
+
+def _site_of(spec: dict[str, Any]) -> Site:
     dataset = to_examples(read_dataset(spec["data"], None, "train"), tuple(spec["templates"]), None, 0, spec["data"])
-    limits = {name: spec["settings"].pop(name) for name in LIMITS if name in spec["settings"]}
-    return Site(spec["name"], spec["folder"], dataset, SiteLimits(**limits), **spec["settings"])
+    limits = {name: value for name, value in spec["settings"].items() if name in LIMITS}
+    settings = {name: value for name, value in spec["settings"].items() if name not in LIMITS}
+    return Site(spec["name"], spec["folder"], dataset, SiteLimits(**limits), **settings)
 
 
 def main(argv: list[str] | None = None):
@@ -87,17 +91,18 @@ def main(argv: list[str] | None = None):
     data = str(Path(args.data).absolute()) if Path(args.data).exists() else args.data
     spec = {"name": kit.name, "folder": str(folder), "data": data, "settings": settings,
             "templates": [args.prompt_template, args.completion_template]}  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "site.json").write_text(json.dumps(spec, indent=2))
-    site = make_site(str(folder / "site.json"))
+    site = _site_of(spec)
     check_texts(site.train_dataset, f"`data` ('{args.data}')", settings.get("dataset_text_field", "text"))
-    launch = ["accelerate.commands.launch", "--config_file", str(Path(launcher).absolute()), "-m"] if launcher else []
-    command = [sys.executable, "-m", *launch, PROCESS, f"{__name__}:{make_site.__name__}", str(folder / "site.json")]
-    (kit / "local" / SITE_FILE).write_text(json.dumps({"command": command}, indent=2))
     sys.stdout.write(f"site {kit.name}: {len(site.train_dataset):,} examples of {args.data}\n")
     sys.stdout.write(EXCHANGED.format(max_package_gb=site.limits.max_package_gb))
     sys.stdout.flush()
-    if not args.check_only:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        script = str(kit / "startup" / "sub_start.sh")
-        os.execve(script, [script, "--once"], os.environ | {"PATH": path})
+    if args.check_only:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "site.json").write_text(json.dumps(spec, indent=2))
+    launch = ["accelerate.commands.launch", "--config_file", str(Path(launcher).absolute()), "-m"] if launcher else []
+    command = [sys.executable, "-m", *launch, PROCESS, f"{__name__}:{make_site.__name__}", str(folder / "site.json")]
+    (kit / "local" / SITE_FILE).write_text(json.dumps({"command": command}, indent=2))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    script = str(kit / "startup" / "sub_start.sh")
+    os.execve(script, [script, "--once"], os.environ | {"PATH": path})

@@ -75,10 +75,17 @@ def nvflare():
 
 
 @needs_nvflare
-def test_a_site_says_what_it_would_do(kit, tmp_path, capsys):
+def test_a_site_says_what_it_would_do(kit, tmp_path, capsys, monkeypatch):
     config = settings_of(tmp_path, use_cpu=True, max_package_gb=2.5, accelerate_config="ddp.yaml")
-    join(["--kit", str(kit), "--data", str(tmp_path / "private.jsonl"), "--config", str(config), "--check_only"])
+    flags = ["--kit", str(kit), "--data", str(tmp_path / "private.jsonl"), "--config", str(config)]
+    join([*flags, "--check_only"])
     said = capsys.readouterr().out
+    assert not (kit / "local" / "fedbiot_site.json").exists() and not (kit / "fedbiot" / "site.json").exists()
+
+    started = []
+    monkeypatch.setattr("os.execve", lambda *args: started.append(args[1]))
+    join(flags)
+    assert capsys.readouterr().out == said and started == [[str(kit / "startup" / "sub_start.sh"), "--once"]]
     assert f"site clinic: 12 examples of {tmp_path / 'private.jsonl'}" in said and "at most 2.5 GB" in said
     command = json.loads((kit / "local" / "fedbiot_site.json").read_text())["command"]
     assert command[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]

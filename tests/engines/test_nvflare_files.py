@@ -46,6 +46,11 @@ def test_each_party_has_a_kit_with_its_own_key(kits):
     assert "models.example.org" in hosts.get_values_for_type(x509.DNSName)
 
 
+def test_nobody_else_on_the_machine_can_read_keys(kits):
+    assert kits["owner"].parents[1].stat().st_mode & 0o077 == 0
+    assert (kits["owner"].parents[1] / "state" / "cert.json").is_file()
+
+
 def test_the_owner_has_one_port_and_all_connect_to_it(folder, kits):
     owner = yaml.safe_load((folder / "project.yml").read_text())["participants"][0]
     assert owner["fed_learn_port"] == owner["admin_port"] == 8443

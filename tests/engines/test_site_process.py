@@ -92,6 +92,7 @@ def test_a_process_that_dies_is_started_again(process):
     _, before = ask(process, "who")
     with pytest.raises(SiteError, match="process died"):
         ask(process, "die")
+    assert "died when asked for die, exit code -9" in process.log.read_text()
     _, after = ask(process, "who")
     assert after != before
 
@@ -103,6 +104,7 @@ def test_a_process_that_died_between_two_requests_is_started_for_the_second(proc
     reply, after = ask(process, "who")
     assert reply == "answer"
     assert int(after.split()[1]) != pid
+    assert "died when asked for nothing, exit code -9" in process.log.read_text()
 
 
 def test_a_process_that_cannot_start_is_an_error(tmp_path):

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,8 +59,8 @@ class SiteProcess:
         """
         try:
             self._drop_old_replies()
-            if self._process is not None and self._process.poll() is not None:
-                self.end()  # it died since the last request
+            if self._process is not None and self._process.poll() is not None:  # it died since the last request
+                self._bury("nothing")
             if self._process is None:
                 self._start(stopped)
             self._unread = set(self._ranks)
@@ -66,7 +68,7 @@ class SiteProcess:
                 send_frame(connection, kind, *parts)
             return self._reply(stopped)
         except (EOFError, OSError) as error:
-            self.end()
+            self._bury(kind)
             raise SiteError(
                 "The site's process died. It starts anew with the next request. Its log says more."
             ) from error
@@ -84,6 +86,16 @@ class SiteProcess:
             if self._unread and stopped():
                 raise Stopped
         return replies[0]
+
+    def _bury(self, kind: str):
+        """Say in the log that the process has died, and end what is left of it."""
+        code = None
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(1)
+        with open(self.log, "a") as log:
+            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} died when asked for {kind}, exit code {code}\n")
+        self.end()
 
     def end(self):
         """Kill the process and what it has started."""
