@@ -313,3 +313,20 @@ def test_killed_at_any_moment(tmp_path, flags):
     found = json.loads(result.stdout.splitlines()[-1])
     assert len(found["killed"]) == int(flags[1]), found
     assert found["loras"] and found["records"] and found["scores"], found
+
+
+def test_resume_in_mixed_precision(make_runner, tmp_path):
+    """Who trains first in a process computes as who trains later."""
+
+    def run(folder, num_rounds, **settings):
+        settings |= {"bf16": True, "lr_scheduler_type": "constant", "alignment_lr_scheduler_type": "constant"}
+        runner = make_runner(
+            output_dir=str(tmp_path / folder), num_rounds=num_rounds, load_best_model_at_end=False, **settings
+        )
+        runner.train()
+        return runner.server.client_lora
+
+    whole = run("whole", 3)
+    run("cut", 1)
+    resumed = run("cut", 3, resume_from_checkpoint="true")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
