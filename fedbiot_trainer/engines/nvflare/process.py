@@ -88,14 +88,14 @@ class SiteProcess:
         return replies[0]
 
     def _bury(self, kind: str):
-        """Say in the log that the process has died, and end what is left of it."""
+        """End what is left of a process that has died, and say so in the log, unless the disk is full."""
         code = None
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 code = self._process.wait(1)
-        with open(self.log, "a") as log:
-            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} died when asked for {kind}, exit code {code}\n")
         self.end()
+        with suppress(OSError), open(self.log, "a") as log:
+            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} died when asked for {kind}, exit code {code}\n")
 
     def end(self):
         """Kill the process and what it has started."""

@@ -79,9 +79,8 @@ def provision(
         raise ValueError(
             f"NVFlare cannot make startup kits of '{folder / PROJECT_FILE}': {context.get(CtxKey.ERRORS)}."
         )
-    folder.joinpath(project["name"]).chmod(
-        0o700
-    )  # NVFlare writes the key of the certificate authority for all to read
+    # NVFlare writes the key of the certificate authority for all to read.
+    Path(folder, project["name"]).chmod(0o700)
     kits = {name: Path(made, name) for name in (SERVER, *sites, administrator)}
     _restrict_owner(kits[SERVER] / "local")
     for site in sites:
