@@ -10,10 +10,15 @@ import yaml
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedbiot-trainer[nvflare]'")
 
 from cryptography import x509
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import make_reply
+from nvflare.apis.signal import Signal
 
 from fedbiot_trainer.engines.errors import SiteError
+from fedbiot_trainer.engines.nvflare import executor
 from fedbiot_trainer.engines.nvflare.administrator import open_session
-from fedbiot_trainer.engines.nvflare.executor import SiteExecutor, read_command
+from fedbiot_trainer.engines.nvflare.executor import SiteExecutor, await_owner, read_command
 from fedbiot_trainer.engines.nvflare.gate import OwnerGate, SiteGate
 from fedbiot_trainer.engines.nvflare.job import write_job
 from fedbiot_trainer.engines.nvflare.owner import TASK, OwnerController
@@ -127,9 +132,9 @@ def test_a_job_names_our_classes_and_no_site(tmp_path):
         "function": "package.module:function",
         "argument": base64.b64encode(b"argument").decode(),
     }
-    executor = client["executors"][0]
-    assert executor["executor"]["path"] == EXECUTOR == f"{SiteExecutor.__module__}.{SiteExecutor.__name__}"
-    assert executor["tasks"] == [TASK]
+    [ours] = client["executors"]
+    assert ours["executor"]["path"] == EXECUTOR == f"{SiteExecutor.__module__}.{SiteExecutor.__name__}"
+    assert ours["tasks"] == [TASK]
 
 
 def test_a_site_says_itself_what_it_runs(tmp_path):
@@ -145,6 +150,40 @@ def test_a_site_says_itself_what_it_runs(tmp_path):
             read_command(tmp_path)
     file.write_text(json.dumps({"command": ["python", "-m", "site"]}))
     assert read_command(tmp_path) == ["python", "-m", "site"]
+
+
+class Engine:
+    """Of a site whose owner answers with these codes, one after the other."""
+
+    def __init__(self, *codes):
+        self.codes, self.aborted = list(codes), Signal()
+
+    def send_aux_request(self, targets, topic, request, timeout, fl_ctx, optional):
+        assert (targets, topic, request["__headers__"]["__task_id__"]) == (["server"], "__task_check__", "of-a-task")
+        code = self.codes.pop(0)
+        if not self.codes:
+            self.aborted.trigger(True)
+        return {} if code is None else {"server": make_reply(code)}
+
+
+@pytest.mark.parametrize(
+    "codes, asked",
+    [
+        ([ReturnCode.OK, "more"], 1),
+        ([ReturnCode.TIMEOUT, ReturnCode.COMMUNICATION_ERROR, ReturnCode.OK, "more"], 3),
+        ([ReturnCode.TIMEOUT, ReturnCode.TASK_UNKNOWN, "more"], 2),  # the round went on without the site
+        ([None, "more"], 1),
+        ([ReturnCode.TIMEOUT, ReturnCode.TIMEOUT], 2),  # then the run is ended
+    ],
+)
+def test_an_answer_waits_for_a_connection(codes, asked, monkeypatch):
+    """NVFlare itself sends it when its question times out, and then waits for five minutes."""
+    monkeypatch.setattr(executor, "RETRY_SECONDS", 0.0)
+    engine, context = Engine(*codes), FLContext()
+    context.get_engine = lambda: engine
+    context.set_prop(FLContextKey.TASK_ID, "of-a-task", private=True, sticky=False)
+    await_owner(context, engine.aborted)
+    assert len(codes) - len(engine.codes) == asked
 
 
 @pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 3 * PART])

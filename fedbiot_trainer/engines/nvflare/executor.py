@@ -7,10 +7,11 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReservedTopic, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
 from ..errors import SiteError
 from . import presence
@@ -20,6 +21,8 @@ from .site import ANSWER
 
 
 SITE_FILE = "fedbiot_site.json"  # in the `local` folder of the site's startup kit
+CHECK_SECONDS = 5.0  # for the owner's job to say that it is there
+RETRY_SECONDS = 1.0  # before it is asked again
 
 
 class SiteExecutor(Executor):
@@ -52,6 +55,7 @@ class SiteExecutor(Executor):
         except Exception as error:
             self.log_exception(fl_ctx, "The request could not be handed to the site's process.")
             reply["error"] = type(error).__name__
+        await_owner(fl_ctx, abort_signal)
         return reply
 
     def _answer(self, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> tuple[str, bytes]:
@@ -66,6 +70,24 @@ class SiteExecutor(Executor):
             return abort_signal.triggered or (deadline is not None and time.monotonic() > deadline)
 
         return self._process.ask(shareable["kind"], views(shareable.pop("payload")), stopped)
+
+
+def await_owner(fl_ctx: FLContext, abort_signal: Signal):
+    """
+    Return when the owner's job can be reached, or nobody waits for the answer any more. NVFlare asks the same once before it
+    sends an answer. But if that takes too long it sends all the same, and an answer that a lost connection took with it
+    holds the site up for five minutes.
+    """
+    request = Shareable()
+    request.set_header(ReservedKey.TASK_ID, fl_ctx.get_prop(FLContextKey.TASK_ID))
+    while not abort_signal.triggered:
+        replies = fl_ctx.get_engine().send_aux_request(
+            [FQCN.ROOT_SERVER], ReservedTopic.TASK_CHECK, request, CHECK_SECONDS, fl_ctx, optional=True
+        )
+        reply = replies.get(FQCN.ROOT_SERVER)
+        if reply is None or reply.get_return_code() not in (ReturnCode.TIMEOUT, ReturnCode.COMMUNICATION_ERROR):
+            return
+        time.sleep(RETRY_SECONDS)
 
 
 def read_command(folder: Path) -> list[str]:
