@@ -24,6 +24,9 @@ class Carrier(Protocol):
     def is_ending(self) -> bool:
         """Whether the engine ends the run."""
 
+    def expect(self, num_bytes: int):
+        """Be told how large a payload can be, before it comes. A message that takes longer than that needs is lost."""
+
     def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
         """
         Bring each site its payload, and what [`Site.answer`] makes of it back.
@@ -98,6 +101,7 @@ class RemoteClients:
             seconds = min(timeout, DELIVERY_TIMEOUT)
         # Its LoRAs are written anew after each round, so that it is another for sites that come later.
         package, pieces = PackageList.of(self.package, self._digests), {}
+        self.carrier.expect(max(self.piece, package.num_bytes_of_loras))
         for reply in self.carrier.ask("hello", dict.fromkeys(names, package.to_bytes()), seconds):
             try:
                 pieces[reply.client] = package.pieces(read_had(reply, package), self.piece)

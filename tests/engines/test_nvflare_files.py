@@ -21,7 +21,7 @@ from fedbiot_trainer.engines.nvflare.administrator import open_session
 from fedbiot_trainer.engines.nvflare.executor import SiteExecutor, await_owner, read_command
 from fedbiot_trainer.engines.nvflare.gate import OwnerGate, SiteGate
 from fedbiot_trainer.engines.nvflare.job import write_job
-from fedbiot_trainer.engines.nvflare.owner import TASK, OwnerController
+from fedbiot_trainer.engines.nvflare.owner import MESSAGE_SECONDS, TASK, OwnerController
 from fedbiot_trainer.engines.nvflare.parts import PART, split, views
 from fedbiot_trainer.engines.nvflare.provision import CONTROLLER, EXECUTOR, check_site_kit, provision
 
@@ -93,6 +93,16 @@ def test_a_kit_that_lets_the_owner_do_more_at_a_site_is_refused(kits, tmp_path, 
     file.write_text(json.dumps(read(kits["north"] / "local" / "resources.json") | change))
     with pytest.raises(ValueError, match="the owner could do more at this site than train"):
         check_site_kit(tmp_path)
+
+
+def test_a_site_waits_for_a_lost_message_as_long_as_one_may_take(kits):
+    """NVFlare's own 300 s keep a site out of rounds, and are too short for a large LoRA on a slow line."""
+    resources = read(kits["north"] / "local" / "resources.json")
+    assert resources["client"]["communication_timeout"] == MESSAGE_SECONDS < 300
+    controller, context = OwnerController("a:b"), FLContext()
+    controller._fl_ctx = context
+    controller.expect(160_000_000)
+    assert context.get_prop(FLContextKey.MIN_GET_TASK_TIMEOUT) == MESSAGE_SECONDS + 640
 
 
 def test_what_provision_names_is_there(kits):

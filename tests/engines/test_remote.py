@@ -25,7 +25,10 @@ class Carrier:
 
     def __init__(self, sites):
         self.connected = {site.name: site for site in sites}
-        self.asked = []
+        self.asked, self.expected = [], []
+
+    def expect(self, num_bytes):
+        self.expected.append(num_bytes)
 
     def is_ending(self):
         return False
@@ -137,6 +140,9 @@ class Patience:
     def __init__(self):
         self.waits = []
 
+    def expect(self, num_bytes):
+        pass
+
     def sites(self):
         return ["north", "south"]
 
@@ -178,6 +184,20 @@ def test_the_package_is_sent_once_in_pieces(make_owner, make_sites):
     carrier.asked.clear()
     make_owner(carrier, "again", **SETTINGS).train()
     assert [kind for kind, _ in carrier.asked].count("package") == 0
+
+
+@pytest.mark.parametrize("piece", [100, 10_000_000])
+def test_the_engine_is_told_before_how_large_a_payload_can_be(make_owner, make_sites, piece):
+    class Measuring(Carrier):
+        def ask(self, kind, payloads, timeout):
+            for payload in payloads.values():
+                largest.append(len(payload))
+                assert kind == "hello" or len(payload) <= 1.1 * self.expected[-1] + 1000  # with names and settings
+            return super().ask(kind, payloads, timeout)
+
+    largest, carrier = [], Measuring(make_sites())
+    make_owner(carrier, piece=piece, **SETTINGS).train()
+    assert carrier.expected[0] >= piece and max(largest) > 2000
 
 
 def test_a_piece_for_several_sites_is_in_memory_once(make_owner, make_sites):

@@ -11,7 +11,7 @@ from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
@@ -26,9 +26,10 @@ from .site import load
 
 TASK = "fedbiot"
 POLL_SECONDS = 0.5  # between two looks whether the job is aborted or a site has gone; a reply is taken as it comes
-# An idle site looks for a request several times in a second. One that does not is at an answer that got lost on the way, for
-# which NVFlare lets it wait for 300 s.
+# An idle site looks for a request several times in a second. One that does not waits for a message that got lost on the way.
 FETCH_SECONDS = 30.0
+# How long it waits for one, and what is added for each byte that may come.
+MESSAGE_SECONDS, SLOWEST_LINE = 30.0, 250_000  # bytes in a second
 MAX_ERROR_LENGTH = 500
 REVOKED = "it was revoked"
 
@@ -182,6 +183,11 @@ class OwnerController(Controller):
         with engine.new_context() as context:
             replies = engine.send_aux_request(names, TOPIC, Shareable(), seconds, context, optional=True)
         return {name: reply.get_return_code() for name, reply in (replies or {}).items()}
+
+    def expect(self, num_bytes: int):
+        """Let sites wait for a message as long as one of `num_bytes` may take."""
+        seconds = MESSAGE_SECONDS + num_bytes / SLOWEST_LINE
+        self._fl_ctx.set_prop(FLContextKey.MIN_GET_TASK_TIMEOUT, seconds, private=True, sticky=True)
 
     def ask(self, kind: str, payloads: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
         """

@@ -12,6 +12,8 @@ from nvflare.lighter.prov_utils import prepare_builders, prepare_packager
 from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
+from .owner import MESSAGE_SECONDS
+
 
 PROJECT_FILE = "project.yml"
 EXECUTOR = "fedbiot_trainer.engines.nvflare.executor.SiteExecutor"
@@ -138,6 +140,7 @@ def _restrict_site(local: Path):
     resources = json.loads((local / "resources.json.default").read_text())
     resources["class_allow_list"] = [EXECUTOR]
     resources["allow_log_streaming"] = False
+    resources["client"]["communication_timeout"] = MESSAGE_SECONDS  # the owner's jobs lengthen it; by default, 300 s
     resources["components"] = [part for part in resources["components"] if part["id"] != "site_log_streamer"]
     resources["components"].append({"id": "fedbiot_gate", "path": SITE_GATE, "args": {}})
     (local / "resources.json").write_text(json.dumps(resources, indent=2))
