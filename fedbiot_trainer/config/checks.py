@@ -66,7 +66,7 @@ def _check_ranges(config):
         "num_rounds",
         "client_retries",
     )
-    for name in (*non_negative, "eval_rounds", "public_eval_size", "client_zero_shot_examples"):
+    for name in (*non_negative, "eval_rounds", "public_eval_size", "client_zero_shot_examples", "plug_in_steps"):
         if getattr(config, name) < 0:
             raise ValueError(f"`{name}` is {getattr(config, name)}, but it cannot be negative. 0 turns it off.")
     for name in ("alignment_learning_rate", "dirichlet_alpha", "eval_max_new_tokens", "teacher_cache_max_gb"):
@@ -75,6 +75,11 @@ def _check_ranges(config):
     if config.client_timeout is not None and config.client_timeout <= 0:
         raise ValueError(
             f"`client_timeout` is {config.client_timeout}, but a client needs some seconds. Leave it out for no limit."
+        )
+    if config.plug_in_steps > 0 and not config.aligns:
+        raise ValueError(
+            f"`plug_in_steps` is {config.plug_in_steps}, but nothing is aligned on public text (`initial_alignment_steps` and "
+            "`alignment_steps` are 0), so the emulator has nothing to teach. Align it, or set `plug_in_steps` to 0."
         )
     scales = config.plug_in_scales
     if scales is not None and (not scales or not all(0 <= scale < math.inf for scale in scales)):

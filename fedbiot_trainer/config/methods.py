@@ -54,8 +54,8 @@ class Method:
         return args
 
 
-NO_ALIGNMENT = {"initial_alignment_steps": 0, "alignment_steps": 0, "alignment_init": "zero"}
-DISTILLED_ONCE = {"proximal_weight": 0.0, "alignment_kl_weight": 0.0, "alignment_init": "zero"}
+NO_ALIGNMENT = {"initial_alignment_steps": 0, "alignment_steps": 0, "alignment_init": "zero", "plug_in_steps": 0}
+DISTILLED_ONCE = {"proximal_weight": 0.0, "alignment_kl_weight": 0.0, "alignment_init": "zero", "plug_in_steps": 0}
 # The paper's code, in what is a choice of the method's: rounds, steps, LoRAs and data are those of the run.
 PAPER = {
     "proximal_weight": 0.01,
@@ -66,6 +66,7 @@ PAPER = {
     "alignment_lr_scheduler_type": "constant",
     "alignment_warmup_steps": 0,
     "alignment_init": "zero",
+    "plug_in_steps": 0,
 }
 METHODS = {
     "zero_shot": Method("the full model as it is", {"num_rounds": 0, **NO_ALIGNMENT}),

@@ -82,6 +82,7 @@ def _run_alone(method, model, args, client_datasets, **kwargs) -> RunSummary:
         next(iter(summaries.values())),
         **means,
         best_round=None,
+        plug_in_learning=None,
         plug_in=None,
         num_examples={name: s.num_examples[name] for name, s in summaries.items()},
         client_zero_shot_losses={k: v for s in summaries.values() for k, v in s.client_zero_shot_losses.items()},

@@ -1,11 +1,56 @@
-"""How strongly the client LoRA is plugged in to the full model."""
+"""How the client LoRA is plugged in to the full model: what it learns there, and how strong it is."""
 
 from collections.abc import Sequence
+from statistics import mean
+
+from transformers.utils import logging
 
 from ..evaluation.evaluator import Evaluator
 from ..server.server import FederatedServer
-from ..shared.records import PlugIn
+from ..shared.records import PlugIn, PlugInLearning
+from ..shared.round_trainer import DivergenceError
 from ..shared.selection import ADAP_FU, Selection
+
+
+logger = logging.get_logger(__name__)
+
+
+def learn(server: FederatedServer, evaluator: Evaluator | None, selection: Selection) -> PlugInLearning | None:
+    """
+    Let the server's client LoRA learn in the full model what it does in the emulator ([`FederatedServer.learn_plug_in`]).
+    With held-out text, what was learned is kept only if AdapFu is better with it, which costs two evaluations of AdapFu.
+
+    Args:
+        server ([`FederatedServer`]): Its `plug_in_lora` is set.
+        evaluator ([`Evaluator`], *optional*): Has the held-out text.
+        selection ([`Selection`]): What to choose by. AdapFu's loss, if that is no metric of AdapFu.
+
+    Returns:
+        [`PlugInLearning`], *optional*: `None` if no layer is dropped, so that there is nothing to learn.
+    """
+    if not selection.metric.startswith(ADAP_FU):
+        selection = Selection()
+
+    def score() -> float | None:
+        server.install_loras()
+        return None if evaluator is None else evaluator.adap_fu()[selection.metric.removeprefix(ADAP_FU)]
+
+    before = score()
+    try:
+        divergences = server.learn_plug_in()
+    except DivergenceError as error:
+        logger.warning(f"The client LoRA is plugged in as clients left it: {error}")
+        divergences = []
+    if not divergences:
+        server.install_loras()
+        return None
+    after = score()
+    kept = before is None or after is None or selection.improves(after, before)
+    if not kept:
+        server.plug_in_lora = None
+        server.install_loras()
+    metric = None if evaluator is None else selection.metric
+    return PlugInLearning(len(divergences), divergences[0], mean(divergences[-10:]), kept, metric, before, after)
 
 
 def choose_scale(

@@ -30,7 +30,7 @@ HARMLESS = {
     # evaluation
     "eval_rounds", "eval_metric", "eval_reference_column", "eval_max_new_tokens", "eval_drift", "per_device_eval_batch_size",
     "client_zero_shot_examples", "public_eval_size",  # the public text that is left is compared
-    "plug_in_scales",
+    "plug_in_scales", "plug_in_steps",
     "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
     # how work is done, not what
     "teacher_cache_dir", "teacher_cache_max_gb", "offload_full_model", "dataset_num_proc", "dataloader_num_workers",

@@ -12,7 +12,7 @@ from ..data.lengths import mean_length
 from ..output.run_folder import library_versions
 from ..server.server import FederatedServer
 from ..shared.lora_state import CLIENT
-from ..shared.records import ParameterCounts, PlugIn, RoundRecord, RunSummary, Scores
+from ..shared.records import ParameterCounts, PlugIn, PlugInLearning, RoundRecord, RunSummary, Scores
 
 
 def summarize(
@@ -26,6 +26,7 @@ def summarize(
     seconds: float,
     initial_alignment: dict[str, float],
     best_round: int | None,
+    plug_in_learning: PlugInLearning | None,
     plug_in: PlugIn | None,
 ) -> RunSummary:
     """
@@ -40,6 +41,7 @@ def summarize(
         seconds (`float`): Wall time.
         initial_alignment (`dict[str, float]`): What came of it.
         best_round (`int`, *optional*): The round whose LoRAs are the result, if that is not the last one.
+        plug_in_learning ([`PlugInLearning`], *optional*): What the client LoRA learned in the full model, if it did.
         plug_in ([`PlugIn`], *optional*): How strongly the client LoRA is plugged in, if that was chosen.
     """
     public = [server.trainer.train_dataset] if server.trainer is not None else []
@@ -74,6 +76,7 @@ def summarize(
         best_round=best_round,
         client_zero_shot_losses=_merged(record.client_zero_shot_losses for record in records),
         uncovered=_merged(record.uncovered for record in records),
+        plug_in_learning=plug_in_learning,
         plug_in=plug_in,
     )
 

@@ -103,6 +103,15 @@ def result_lines(summary: RunSummary, folder: Path) -> list[str]:
         best.append(
             "result: the last round; without held-out text (`eval_dataset`) nothing says whether another is better"
         )
+    learning = summary.plug_in_learning
+    if learning is not None:
+        scores = (
+            "" if learning.metric is None else f", {learning.metric} {learning.before:.4f} to {learning.after:.4f}"
+        )
+        best.append(
+            f"{learning.steps} steps of the client LoRA in the full model: KL {learning.first_kl:.3f} to {learning.last_kl:.3f}"
+            f"{scores}, {'kept' if learning.kept else 'not kept'}"
+        )
     plug_in = summary.plug_in
     if plug_in is not None:
         values = ", ".join(f"{value:.4f} at {scale}" for scale, value in plug_in.values.items())

@@ -7,24 +7,23 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import FedBiOTConfig
-from ..shared.compat import loss_is_scaled
 from ..shared.lora_layers import folded_loras
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, load_lora, set_lora_state
 from ..shared.processes import is_zero3, runnable, shards_parameters
-from ..shared.round_trainer import RoundTrainer, StepSampler
+from ..shared.step_sampler import StepSampler
 from ..wire.package import load_model
-from .capture import OutputHead, capture, causal_lm
+from .capture import OutputHead, causal_lm
 from .closed_form import AddedLinear, find_added_linears, start_in_closed_form
+from .public_text import PublicTextTrainer, without_dropout
 from .split_check import check_split
 from .split_model import SplitModel
 from .teachers import PLACE, CachedTeacher, OnlineTeacher, OnProgress, Teacher, distances
 
 
-class EmulatorAlignmentTrainer(RoundTrainer):
+class EmulatorAlignmentTrainer(PublicTextTrainer):
     r"""
     Trains the emulator LoRA so that emulator + adapter layers behave like the full model (paper, section 4.2):
 
@@ -57,10 +56,6 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     """
 
     lora_name = EMULATOR
-    learning_rate_name = "alignment_learning_rate"
-    text_name = "`public_dataset`"
-    loss_is_scaled_for_ga = True
-    _tag_names = ["trl", "fedbiot"]
 
     def __init__(
         self,
@@ -90,7 +85,6 @@ class EmulatorAlignmentTrainer(RoundTrainer):
         args = args.alignment_arguments()
         args.model_init_kwargs = None
         super().__init__(model.adap_emu, args, total_steps or args.max_steps, train_dataset, **kwargs)
-        loss_is_scaled(self)
         model.align_tokens(self.processing_class, given)
         self.head = OutputHead(causal_lm(model.adap_fu))  # FSDP2 shards the emulator's
         with runnable(model.adap_emu, self.accelerator):
@@ -193,38 +187,23 @@ class EmulatorAlignmentTrainer(RoundTrainer):
             yield
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mask = inputs["attention_mask"]
-        text = {"input_ids": inputs["input_ids"], "attention_mask": mask}
-        split = self.models.split
-        with _no_dropout(model):
+        mask, split = inputs["attention_mask"], self.models.split
+        with without_dropout(model):
             teacher = self.teacher(inputs)
-            with capture(self.model, split.layers_name, split.top_position) as student:
-                # The KL divergence makes the logits that it needs, where it needs them.
-                no_logits = torch.empty(0, dtype=torch.long, device=mask.device)
-                outputs = model(**text, use_cache=False, logits_to_keep=no_logits)
-
+        # The KL divergence makes the logits that it needs, where it needs them.
+        student, outputs = self.run_student(model, inputs, split.layers_name, split.top_position)
         num_tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         with self._logits() as logits:
             l2, kl = distances(student, teacher, mask, logits)
-        loss = l2 = l2 / num_tokens
-        self.record("alignment_l2", l2.detach() * self.accelerator.num_processes)
+        loss = self.mean("alignment_l2", l2, num_tokens)
         if kl is not None:
-            kl = kl / num_tokens
-            self.record("alignment_kl", kl.detach() * self.accelerator.num_processes)
-            loss = l2 + self.args.alignment_kl_weight * kl
-        # `num_items_in_batch` counts the tokens of all processes, and DDP averages the gradients.
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+            loss = loss + self.args.alignment_kl_weight * self.mean("alignment_kl", kl, num_tokens)
+        loss = self.whole_loss(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _logits(self):
         """The output head, if the KL divergence counts."""
         return self.head.whole() if self.args.alignment_kl_weight > 0 else nullcontext()
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        # The loss is a mean over tokens that are not padding, whatever their labels.
-        num_tokens = sum(batch["attention_mask"].sum() for batch in batch_samples).to(device)
-        return self.accelerator.gather(num_tokens).sum()
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Write the emulator package."""
@@ -235,13 +214,3 @@ class EmulatorAlignmentTrainer(RoundTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _, state = load_lora(Path(resume_from_checkpoint) / "emulator_lora")
         set_lora_state(self.model, EMULATOR, state)
-
-
-@contextmanager
-def _no_dropout(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -124,7 +124,7 @@ class OutputHead:
             raise ValueError(
                 f"The logits of {type(causal_lm(adap_emu)).__name__} are more than its output head: something scales or caps them in a "
                 "way that is not known here, so the KL divergence would compare other distributions. Set "
-                "`alignment_kl_weight=0`, and leave `eval_drift` out."
+                "`alignment_kl_weight=0`, and leave `eval_drift` and `plug_in_steps` out."
             )
 
     @contextmanager

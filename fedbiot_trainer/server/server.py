@@ -27,6 +27,7 @@ from ..wire.messages import ClientUpdate, LocalWork, PayloadError, RoundStart, R
 from ..wire.package import EmulatorPackage
 from .aggregation import Aggregate, make_aggregator
 from .alignment import EmulatorAlignmentTrainer
+from .plug_in import PlugInTrainer
 from .split_check import check_split
 from .split_model import SplitModel
 from .teachers import OnProgress
@@ -53,6 +54,8 @@ class FederatedServer:
             between two calls has no meaning.
         client_steps (`dict[str, int]`): Local steps that each client has taken so far, by name.
         num_examples (`dict[str, int]`): How many examples each client has said that it holds, in its last update.
+        plug_in_lora (`dict[str, torch.Tensor]`, *optional*): What the full model has in place of the client LoRA, with its
+            keys, once that was learned ([`learn_plug_in`]).
         plug_in_scale (`float`): Factor of the client LoRA in the full model, and there alone.
 
     Raises:
@@ -77,13 +80,14 @@ class FederatedServer:
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
         self.client_steps: dict[str, int] = {}
         self.num_examples: dict[str, int] = {}
+        self.plug_in_lora: LoraState | None = None
         self.plug_in_scale = 1.0
         check_client_ranks(args.ranks, self.models.adap_emu.peft_config[CLIENT])
         self.models.move(args.device, args.offload_full_model)
         self.aggregator = make_aggregator(args)
         self._received: set[str] = set()
         self._dominant: set[str] = set()
-        self.trainer = None
+        self.trainer = self.plug_in_trainer = None
         # An emulator that drops nothing is the full model already.
         if args.aligns and self.models.split.dropped:
             check_public_dataset(public_dataset, args)
@@ -94,6 +98,8 @@ class FederatedServer:
                 total_steps=args.initial_alignment_steps + args.num_rounds * args.alignment_steps,
                 processing_class=processing_class,
             )
+            if args.plug_in_steps > 0:
+                self.plug_in_trainer = PlugInTrainer(self.trainer, args, public_dataset, processing_class)
         elif self.models.split.dropped and not any(map(is_sharded, model.parameters())):
             check_split(self.models, args.device, cached=False)  # the trainer does it otherwise
 
@@ -101,7 +107,11 @@ class FederatedServer:
         """Put the server's state of both LoRAs into the modules, the client LoRA into the full model as well."""
         set_lora_state(self.models.adap_emu, CLIENT, self.client_lora)
         set_lora_state(self.models.adap_emu, EMULATOR, self.emulator_lora)
-        self.models.plug_in(scaled(self.client_lora, self.plug_in_scale))
+        self.models.plug_in(self.plugged_in())
+
+    def plugged_in(self) -> LoraState:
+        """The client LoRA as the full model has it, with the emulator's keys."""
+        return scaled(self.client_lora if self.plug_in_lora is None else self.plug_in_lora, self.plug_in_scale)
 
     @property
     def alignment_steps(self) -> int:
@@ -136,6 +146,22 @@ class FederatedServer:
         self.trainer.take_steps(num_steps)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)
         return {name: sum(values[-10:]) / len(values[-10:]) for name, values in self.trainer.step_metrics.items()}
+
+    def learn_plug_in(self) -> list[float]:
+        """
+        Let the client LoRA learn, in the full model, what it does in the emulator: `args.plug_in_steps` steps of
+        [`PlugInTrainer`]. The clients' stays as it is.
+
+        Returns:
+            `list[float]`: The KL divergence at each step, in nats per token. Empty if no layer is dropped.
+        """
+        if self.plug_in_trainer is None:
+            return []
+        self.plug_in_lora, self.plug_in_trainer.steps_done = None, 0
+        self.install_loras()
+        self.plug_in_trainer.take_steps(self.args.plug_in_steps)
+        self.plug_in_lora = self.models.extract()
+        return self.plug_in_trainer.step_metrics["plug_in_kl"]
 
     def package(self) -> EmulatorPackage:
         """What a client needs once, with the LoRAs as of now."""
@@ -223,7 +249,7 @@ class FederatedServer:
 
     def save_client_lora(self, folder: str | Path, model_name: str | None):
         """Write the client LoRA as a PEFT folder for the full model, with its layer indices, as strong as it is there."""
-        state = self.models.split.to_full(scaled(self.client_lora, self.plug_in_scale))
+        state = self.models.split.to_full(self.plugged_in())
         save_lora(folder, self.models.adap_fu.peft_config[CLIENT], state, model_name)
 
 

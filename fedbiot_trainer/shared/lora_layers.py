@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
@@ -105,6 +106,20 @@ def fuse_loras(model: PeftModel) -> PeftModel:
         if type(module) is lora.Linear:
             module.__class__ = FusedLoraLinear
     return model
+
+
+@contextmanager
+def without_effect(model: PeftModel, lora_name: str) -> Iterator[None]:
+    """Run the layers as if they did not have the LoRA `lora_name`. What is trainable stays so, unlike with PEFT's switch."""
+    scalings = [m.scaling for m in model.modules() if isinstance(m, LoraLayer) and lora_name in m.scaling]
+    strengths = [scaling[lora_name] for scaling in scalings]
+    try:
+        for scaling in scalings:
+            scaling[lora_name] = 0.0
+        yield
+    finally:
+        for scaling, strength in zip(scalings, strengths, strict=True):
+            scaling[lora_name] = strength
 
 
 @contextmanager

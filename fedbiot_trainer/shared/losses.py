@@ -33,6 +33,7 @@ def masked_kl(
     mask: torch.Tensor,
     logits: Callable[[torch.Tensor], torch.Tensor],
     chunk_size: int = 256,
+    teacher_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     `KL(softmax(teacher) || softmax(student))`, summed over the tokens that are not padding.
@@ -48,24 +49,26 @@ def masked_kl(
         logits (callable): The output head, `(num_tokens, hidden_size) -> (num_tokens, vocab_size)`. Only the hidden
             states get a gradient.
         chunk_size (`int`, *optional*, defaults to `256`): Tokens at a time.
+        teacher_logits (callable, *optional*): What makes the teacher's logits, if that is not the output head. `teacher` is
+            what it takes then, of any last dimension.
 
     Returns:
         `torch.Tensor`: A float32 scalar in nats. Divide by the number of tokens for the mean.
     """
     mask = mask.bool()
-    return _ChunkedKL.apply(student[mask], teacher[mask], logits, chunk_size)
+    return _ChunkedKL.apply(student[mask], teacher[mask], logits, teacher_logits or logits, chunk_size)
 
 
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, logits, chunk_size):
+    def forward(ctx, student, teacher, logits, logits_of_teacher, chunk_size):
         total = torch.zeros((), device=student.device)
         gradient = torch.empty_like(student)
         for states, target, slot in zip(*(x.split(chunk_size) for x in (student, teacher, gradient)), strict=True):
             states = states.detach().requires_grad_()
             with torch.enable_grad():
                 student_logits = logits(states)
-            teacher_logits = logits(target)
+            teacher_logits = logits_of_teacher(target)
             q, p = student_logits.detach().softmax(-1), teacher_logits.softmax(-1)
             log_z = _log_normalizer(student_logits.detach(), q) - _log_normalizer(teacher_logits, p)
             total += torch.dot(p.flatten(), teacher_logits.sub_(student_logits.detach()).flatten()) + log_z.sum()
@@ -77,7 +80,7 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return ctx.saved_tensors[0] * grad_output, None, None, None
+        return ctx.saved_tensors[0] * grad_output, None, None, None, None
 
 
 def _log_normalizer(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:

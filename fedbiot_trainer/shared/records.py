@@ -130,6 +130,28 @@ class RoundRecord:
 
 
 @dataclass
+class PlugInLearning:
+    """
+    What the client LoRA learned in the full model, at the end.
+
+    Attributes:
+        steps (`int`): Optimizer steps on public text.
+        first_kl, last_kl (`float`): KL divergence in nats per token, at the first step and over the last ten.
+        kept (`bool`): Whether it is in the result.
+        metric (`str`, *optional*): What that was decided by, as trackers name it. `None` without held-out text.
+        before, after (`float`, *optional*): The metric without and with it.
+    """
+
+    steps: int
+    first_kl: float
+    last_kl: float
+    kept: bool
+    metric: str | None = None
+    before: float | None = None
+    after: float | None = None
+
+
+@dataclass
 class PlugIn:
     """
     How strongly the client LoRA was plugged in, and why.
@@ -169,6 +191,7 @@ class RunSummary:
         settings, peft_config, versions (`dict`): What the run was made with.
         clients (`dict`, *optional*): Scores of each client's own run, where clients train alone.
         best_round (`int`, *optional*): The round that the result is of, with `load_best_model_at_end`. `None`: the last.
+        plug_in_learning ([`PlugInLearning`], *optional*): With `plug_in_steps`, what came of them.
         plug_in ([`PlugIn`], *optional*): With `plug_in_scales`, what was chosen.
     """
 
@@ -192,6 +215,7 @@ class RunSummary:
     uncovered: dict[str, str] = field(default_factory=dict)
     clients: dict[str, dict[str, Scores]] | None = None
     best_round: int | None = None
+    plug_in_learning: PlugInLearning | None = None
     plug_in: PlugIn | None = None
 
     def write(self, file: Path):
@@ -209,5 +233,6 @@ class RunSummary:
         content["split"] = SplitRecord(**content["split"])
         content["parameters"].pop("client_share")
         content["parameters"] = ParameterCounts(**content["parameters"])
-        content["plug_in"] = PlugIn(**content["plug_in"]) if content.get("plug_in") else None
+        for name, kind in (("plug_in", PlugIn), ("plug_in_learning", PlugInLearning)):
+            content[name] = kind(**content[name]) if content.get(name) else None
         return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
