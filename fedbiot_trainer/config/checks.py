@@ -76,7 +76,8 @@ def _check_ranges(config):
         raise ValueError(
             f"`client_timeout` is {config.client_timeout}, but a client needs some seconds. Leave it out for no limit."
         )
-    if config.plug_in_steps > 0 and not config.aligns:
+    aligned = config.initial_alignment_steps > 0 or config.alignment_steps > 0 or config.alignment_init == "closed_form"
+    if config.plug_in_steps > 0 and not aligned:
         raise ValueError(
             f"`plug_in_steps` is {config.plug_in_steps}, but nothing is aligned on public text (`initial_alignment_steps` and "
             "`alignment_steps` are 0), so the emulator has nothing to teach. Align it, or set `plug_in_steps` to 0."

@@ -102,7 +102,7 @@ def test_a_site_waits_for_a_lost_message_as_long_as_one_may_take(kits):
     controller, context = OwnerController("a:b"), FLContext()
     controller._fl_ctx = context
     controller.expect(160_000_000)
-    assert context.get_prop(FLContextKey.MIN_GET_TASK_TIMEOUT) == MESSAGE_SECONDS + 640
+    assert context.get_prop(FLContextKey.MIN_GET_TASK_TIMEOUT) == MESSAGE_SECONDS + 320
 
 
 def test_what_provision_names_is_there(kits):

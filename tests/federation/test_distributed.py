@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import assert_as_exact
-from launches import CONFIGS, run_one, run_two, save_run_files
+from launches import CONFIGS, TWO, flags_of, launch, run_one, run_two, save_run_files
 from safetensors.torch import load_file
 
 from fedbiot_trainer.shared.processes import prepare_fsdp
@@ -129,6 +129,31 @@ def test_fixed_a_where_processes_share_the_work_or_the_parameters(files, tmp_pat
     for key, expected in states[1].items():
         assert expected.abs().max() > 0
         assert "lora_A" not in key or torch.equal(states[0][key], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "zero2"])
+def test_two_processes_learn_the_same_plug_in(files, tmp_path, config):
+    if config == "zero2":
+        pytest.importorskip("deepspeed")
+    settings = {"plug_in_steps": 4, "num_rounds": 1}
+    one, exact = (run_one(files, tmp_path, base, **settings) for base in ("base", "exact"))
+    two = run_two(files, tmp_path, config, **settings)
+    assert_same_run(two, one, exact)
+    for folder in (two, one, exact):
+        learning = json.loads((folder / "summary.json").read_text())["plug_in_learning"]
+        assert learning["steps"] == 4 and learning["kept"] and learning["after"] < learning["before"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+def test_shards_cannot_learn_a_plug_in(files, tmp_path, config):
+    if config == "zero3":
+        pytest.importorskip("deepspeed")
+    flags = flags_of(files, tmp_path, TWO, plug_in_steps=4, num_rounds=1)
+    result = launch(CONFIGS.parent / "recipes" / "fedbiot_sft.py", *flags, config=config)
+    assert result.returncode != 0
+    assert "`plug_in_steps` is 4, but DeepSpeed ZeRO-3 and FSDP2 shard" in result.stderr
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ POLL_SECONDS = 0.5  # between two looks whether the job is aborted or a site has
 # An idle site looks for a request several times in a second. One that does not waits for a message that got lost on the way.
 FETCH_SECONDS = 30.0
 # How long it waits for one, and what is added for each byte that may come.
-MESSAGE_SECONDS, SLOWEST_LINE = 30.0, 250_000  # bytes in a second
+MESSAGE_SECONDS, SLOWEST_LINE = 30.0, 500_000  # bytes in a second
 MAX_ERROR_LENGTH = 500
 REVOKED = "it was revoked"
 
