@@ -84,16 +84,16 @@ def main(argv: list[str] | None = None):
     kit = args.kit.absolute()
     if not (kit / "startup" / "sub_start.sh").is_file():
         raise FileNotFoundError(f"`kit` is '{args.kit}', but that is no startup kit of a site. Ask the owner for it.")
-    check_site_kit(kit)
+    name = check_site_kit(kit)
     settings = read_settings(args.config)
     launcher = settings.pop("accelerate_config", None)
     folder = (args.folder or kit / "fedbiot").absolute()
     data = str(Path(args.data).absolute()) if Path(args.data).exists() else args.data
-    spec = {"name": kit.name, "folder": str(folder), "data": data, "settings": settings,
+    spec = {"name": name, "folder": str(folder), "data": data, "settings": settings,
             "templates": [args.prompt_template, args.completion_template]}  # fmt: skip
     site = _site_of(spec)
     check_texts(site.train_dataset, f"`data` ('{args.data}')", settings.get("dataset_text_field", "text"))
-    sys.stdout.write(f"site {kit.name}: {len(site.train_dataset):,} examples of {args.data}\n")
+    sys.stdout.write(f"site {name}: {len(site.train_dataset):,} examples of {args.data}\n")
     sys.stdout.write(EXCHANGED.format(max_package_gb=site.limits.max_package_gb))
     sys.stdout.flush()
     if args.check_only:

@@ -76,7 +76,9 @@ def _check_ranges(config):
         raise ValueError(
             f"`client_timeout` is {config.client_timeout}, but a client needs some seconds. Leave it out for no limit."
         )
-    aligned = config.initial_alignment_steps > 0 or config.alignment_steps > 0 or config.alignment_init == "closed_form"
+    aligned = (
+        config.initial_alignment_steps > 0 or config.alignment_steps > 0 or config.alignment_init == "closed_form"
+    )
     if config.plug_in_steps > 0 and not aligned:
         raise ValueError(
             f"`plug_in_steps` is {config.plug_in_steps}, but nothing is aligned on public text (`initial_alignment_steps` and "

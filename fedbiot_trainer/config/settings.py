@@ -278,9 +278,8 @@ class EvaluationSettings:
             mean, one number, which tells whether the public text covers its own. 0: clients report nothing of the kind.
         plug_in_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps on public text, after the last round, in which the client LoRA learns to do in the full model
-            what it does in the emulator ([`PlugInTrainer`]). Learning rate and batch size are the alignment's. With an
-            evaluation set, the result has what was learned only where AdapFu is better with it by `metric_for_best_model`.
-            0: it is plugged in as clients left it.
+            what it does in the emulator ([`PlugInTrainer`]). With an evaluation set, they are in the result only if AdapFu
+            is better for it by `metric_for_best_model`. 0: it is plugged in as clients left it.
         plug_in_scales (`list[float]`, *optional*):
             Strengths at which the client LoRA is tried in the full model at the end; the result has the one at which
             AdapFu is best on the evaluation set by `metric_for_best_model` (AdapFu's loss by default). Of two sets, name

@@ -5,6 +5,7 @@ from statistics import mean
 
 from transformers.utils import logging
 
+from ..config import FedBiOTConfig
 from ..evaluation.evaluator import Evaluator
 from ..server.server import FederatedServer
 from ..shared.records import PlugIn, PlugInLearning
@@ -13,6 +14,16 @@ from ..shared.selection import ADAP_FU, Selection
 
 
 logger = logging.get_logger(__name__)
+
+
+def plug_in(
+    server: FederatedServer, evaluator: Evaluator | None, args: FedBiOTConfig, selection: Selection
+) -> tuple[PlugInLearning | None, PlugIn | None]:
+    """Do what `plug_in_steps` and `plug_in_scales` ask for. Returns what came of each, if it does."""
+    learning = learn(server, evaluator, selection) if args.plug_in_steps > 0 else None
+    if evaluator is None or args.plug_in_scales is None:
+        return learning, None
+    return learning, choose_scale(server, evaluator, args.plug_in_scales, selection)
 
 
 def learn(server: FederatedServer, evaluator: Evaluator | None, selection: Selection) -> PlugInLearning | None:

@@ -37,7 +37,7 @@ from .loading import load_for_run
 from .loop import RoundLoop, Schedule
 from .observers import CallCallbacks, KeepState, ShowProgress, WarnOfNoGain, WriteFiles, run_progress
 from .participation import Participation
-from .plug_in import choose_scale, learn
+from .plug_in import plug_in
 from .pool import ClientPool, LocalClients
 from .public_measures import public_measures
 from .resume import check_settings, find_state, run_settings
@@ -235,13 +235,9 @@ class FederatedRunner:
                 self.save_model()
             if loop.best is not None:
                 server.client_lora, server.emulator_lora = loop.best.client_lora, loop.best.emulator_lora
-            learning = plug_in = None
-            if self.args.plug_in_steps > 0:
-                progress.phase(loop.server_round, "plugging in")
-                learning = learn(server, self.evaluator, self.selection)
+            progress.phase(loop.server_round, "plugging in")
+            plugged_in = plug_in(server, self.evaluator, self.args, self.selection)
             progress.phase(loop.server_round, "evaluating")
-            if self.evaluator is not None and self.args.plug_in_scales is not None:
-                plug_in = choose_scale(server, self.evaluator, self.args.plug_in_scales, self.selection)
             results = self.evaluate()
             # Shown with the last round.
             shown = self.evaluator.loss_metrics if self.evaluator and loop.server_round > 0 else set()
@@ -263,8 +259,7 @@ class FederatedRunner:
             seconds,
             loop.initial_alignment,
             None if loop.best is None else loop.best.server_round,
-            learning,
-            plug_in,
+            *plugged_in,
         )
         self.save_model()
         self.trackers.tell("on_train_end")

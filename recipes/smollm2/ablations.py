@@ -55,6 +55,7 @@ def arms(task: str) -> dict[str, list[str]]:
         "learning rate 1e-3": ("learning_rate", 1e-3),
         "learning rate 2e-3": ("learning_rate", 2e-3),
         "twice the rounds": ("num_rounds", 2 * rounds),
+        "a plug-in that learns, 40 steps": ("plug_in_steps", 40),
     }
     here = settings.get("num_adapter_layers_bottom", 0), settings["num_adapter_layers"]
     places = {f"{n} adapter layers on top": (0, n) for n in (2, 4, 6)} | {"3 adapter layers at each end": (3, 3)}

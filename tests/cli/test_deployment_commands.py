@@ -36,15 +36,12 @@ def test_what_is_installed_is_not_refused():
 
 @pytest.fixture
 def kit(tmp_path):
-    (tmp_path / "clinic" / "startup").mkdir(parents=True)
-    (tmp_path / "clinic" / "local").mkdir()
-    (tmp_path / "clinic" / "startup" / "sub_start.sh").touch()
-    engine = "fedbiot_trainer.engines.nvflare"
-    allowed = {"class_allow_list": [f"{engine}.executor.SiteExecutor"], "class_list_enforcement_mode": "enforce"}
-    resources = allowed | {"components": [{"path": f"{engine}.gate.SiteGate"}]}
-    (tmp_path / "clinic" / "local" / "resources.json").write_text(json.dumps(resources))
+    """Of the site `clinic`, in a folder that its administrator has named otherwise."""
+    from fedbiot_trainer.engines.nvflare.provision import provision
+
     sums(0, 4).to_json(tmp_path / "private.jsonl")
-    return tmp_path / "clinic"
+    made = provision(tmp_path / "kits", "localhost", 8002, ["clinic"])["clinic"]
+    return made.rename(tmp_path / "from-the-owner")
 
 
 def settings_of(tmp_path, **settings):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 
 import pytest
 import yaml
@@ -87,7 +88,7 @@ def test_a_site_runs_our_executor_only_and_sends_no_logs(kits):
     ids=lambda change: next(iter(change)),
 )
 def test_a_kit_that_lets_the_owner_do_more_at_a_site_is_refused(kits, tmp_path, change):
-    check_site_kit(kits["north"])
+    assert check_site_kit(kits["north"]) == "north"
     (tmp_path / "local").mkdir()
     file = tmp_path / "local" / "resources.json"
     file.write_text(json.dumps(read(kits["north"] / "local" / "resources.json") | change))
@@ -210,8 +211,10 @@ def test_what_is_no_payload(wrong):
         views(wrong)
 
 
-def test_a_server_that_is_not_there(kits):
+def test_a_server_that_is_not_there(kits, tmp_path):
+    """The administrator's name is that of the kit, not of its folder."""
+    kit = shutil.copytree(kits["admin@example.org"], tmp_path / "kit")
     with pytest.raises(
         ConnectionError, match="whose server has not answered for 2 s. Start it, by `startup/start.sh`"
     ):
-        open_session(kits["admin@example.org"], timeout=2)
+        open_session(kit, timeout=2)

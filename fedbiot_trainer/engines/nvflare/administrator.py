@@ -41,7 +41,7 @@ def open_session(kit: str | Path, timeout: float = 60.0) -> "Session":
     Connect to the server as its administrator.
 
     Args:
-        kit (`str` or `Path`): Folder of the administrator's startup kit, named as the administrator.
+        kit (`str` or `Path`): Folder of the administrator's startup kit.
         timeout (`float`, *optional*): Seconds to wait for the server.
 
     Raises:
@@ -49,9 +49,9 @@ def open_session(kit: str | Path, timeout: float = 60.0) -> "Session":
     """
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-    kit = Path(kit)
+    name = json.loads((Path(kit) / "startup" / "fed_admin.json").read_text())["admin"]["username"]
     try:
-        return new_secure_session(kit.name, str(kit), timeout=timeout)
+        return new_secure_session(name, str(kit), timeout=timeout)
     except ConnectionError as error:
         raise ConnectionError(
             f"`kit` is '{kit}', whose server has not answered for {timeout:g} s. Start it, by `startup/start.sh` in its own kit."

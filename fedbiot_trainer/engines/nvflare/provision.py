@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cryptography import x509
 from nvflare.lighter.constants import CtxKey
 from nvflare.lighter.prov_utils import prepare_builders, prepare_packager
 from nvflare.lighter.provision import prepare_project
@@ -90,8 +91,11 @@ def provision(
     return kits
 
 
-def check_site_kit(kit: Path):
+def check_site_kit(kit: Path) -> str:
     """
+    Returns:
+        `str`: The site's name, as its certificate says. The folder may have another.
+
     Raises:
         ValueError: If the kit is not as [`provision`] makes it where a site depends on it.
     """
@@ -104,6 +108,8 @@ def check_site_kit(kit: Path):
             f"`kit` is '{kit}', but with its `local/resources.json` the owner could do more at this site than train. Ask for "
             "a kit that `fedbiot provision` of this version has made."
         )
+    certificate = x509.load_pem_x509_certificate((kit / "startup" / "client.crt").read_bytes())
+    return str(certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value)
 
 
 def project_of(host: str, port: int, sites: Sequence[str], administrator: str) -> dict[str, Any]:
