@@ -63,7 +63,7 @@ class PackageList:
     @property
     def num_bytes_of_loras(self) -> int:
         """What a site is sent anew in each round, and sends a part of back."""
-        return sum(file.size for file in self.files if Path(file.name).parent.name.endswith("_lora"))
+        return sum(file.size for file in self.files if file.name.startswith(("client_lora/", "emulator_lora/")))
 
     @classmethod
     def of(cls, folder: str | Path, known: dict[tuple[str, int, int], str] | None = None) -> "PackageList":
