@@ -177,11 +177,11 @@ def run_progress(
         console (`rich.console.Console`): Where to show it, in the main process.
         state ([`FederationState`], *optional*): Where an earlier run was.
     """
-    initial, per_round = 0, num_asked * args.local_steps
+    initial, per_round, after = 0, num_asked * args.local_steps, 0
     if aligns:
-        initial, per_round = args.initial_alignment_steps, per_round + args.alignment_steps
-    total = initial + args.num_rounds * per_round
-    progress = RunProgress(total, args.num_rounds, per_round, console, args.process_index == 0)
+        initial, per_round, after = args.initial_alignment_steps, per_round + args.alignment_steps, args.plug_in_steps
+    total = initial + args.num_rounds * per_round + after
+    progress = RunProgress(total, args.num_rounds, per_round, console, args.process_index == 0, steps_after=after)
     if state is not None:
         progress.skip(initial + state.server_round * per_round)
     return progress

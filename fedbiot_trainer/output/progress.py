@@ -27,12 +27,13 @@ class RunProgress:
     phase: a thread sees to it, however long a single step takes.
 
     Args:
-        total_steps (`int`): Alignment and local steps of the whole run.
+        total_steps (`int`): All steps of the whole run: alignment, local ones, and those after the rounds.
         num_rounds (`int`): Rounds of the run.
         steps_per_round (`int`): How many of them are a round's, of all its clients.
         console (`rich.console.Console`): Where to print. Live only if it is a terminal.
         enabled (`bool`, *optional*, defaults to `True`): Whether to print anything.
         interval (`float`, *optional*): Seconds between plain lines, at most.
+        steps_after (`int`, *optional*, defaults to `0`): How many of them come after the last round.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class RunProgress:
         console: Console,
         enabled: bool = True,
         interval: float = SECONDS_BETWEEN_LINES,
+        steps_after: int = 0,
     ):
         self.console, self.num_rounds, self.enabled, self.interval = console, num_rounds, enabled, interval
         self.total_steps, self.steps_done, self._steps_before = total_steps, 0, 0
-        self.steps_per_round = steps_per_round
+        self.steps_per_round, self.steps_after = steps_per_round, steps_after
         self.started = self._phase_started = self._last_line = time.perf_counter()
         self._where = self._client = self._counted = self._loss = ""
         self._phase_steps = 0
@@ -81,7 +83,7 @@ class RunProgress:
 
     def round_ended(self, server_round: int):
         """Count the steps of a round that were not seen: those of clients elsewhere, or of clients that failed."""
-        self.steps_done = self.total_steps - (self.num_rounds - server_round) * self.steps_per_round
+        self.steps_done = self.total_steps - self.steps_after - (self.num_rounds - server_round) * self.steps_per_round
         self._live.update(self._task, completed=self.steps_done, eta=self.eta)
 
     @property

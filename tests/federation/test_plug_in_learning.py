@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import assert_same, base_tensors, changed, randomize, sums, tiny_model
 from peft import LoraConfig, PeftModel
+from rich.console import Console
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer.federation import plug_in as learning_side
+from fedbiot_trainer.federation.observers import run_progress
 from fedbiot_trainer.federation.plug_in import learn
 from fedbiot_trainer.server import plug_in
 from fedbiot_trainer.shared.lora_state import get_lora_state, is_a, load_lora
@@ -181,3 +183,15 @@ def test_what_cannot_learn_is_refused(make_runner, make_args, monkeypatch):
     monkeypatch.setattr(plug_in, "shards_parameters", lambda accelerator: True)
     with pytest.raises(ValueError, match="`plug_in_steps` is 3, but DeepSpeed ZeRO-3 and FSDP2 shard"):
         make_runner(plug_in_steps=3)
+
+
+def test_its_steps_are_counted(make_runner):
+    runner = make_runner(num_rounds=2, plug_in_steps=3)
+    before = 3 + 2 * (2 * 3 + 2)  # of the alignment, and of two rounds of two clients
+    progress = run_progress(runner.args, 2, True, Console(quiet=True), None)
+    assert progress.total_steps == before + 3
+    progress.round_ended(2)
+    assert progress.steps_done == before
+    for _ in range(3):
+        progress.step(0.1)
+    assert progress.eta == "0:00"
