@@ -15,7 +15,7 @@ FILE_NAME = re.compile(
 )
 MAX_NAME = 200  # characters
 MAX_FILES = 300
-PIECE = 32 * 2**20  # bytes
+PIECE = 16 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
