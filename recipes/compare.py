@@ -232,7 +232,7 @@ def _flops(summary: RunSummary, folder: Path, rounds_of_a_client: float) -> dict
     lora = {name: summary.peft_config[name] for name in ("r", "lora_alpha", "target_modules")}
     base = json.loads((folder / "client_lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     names = (*SETTINGS, "teacher", "alignment_init", "trust_remote_code")
-    known = {name: settings[name] for name in names if settings[name] is not None}
+    known = {name: settings[name] for name in names if settings.get(name) is not None}
 
     def costs(length):
         planned = json.dumps({**known, "max_length": max(2, round(length))}, sort_keys=True)
@@ -244,7 +244,8 @@ def _flops(summary: RunSummary, folder: Path, rounds_of_a_client: float) -> dict
         if lengths["public"] is not None:
             align = costs(lengths["public"])["server"][settings["teacher"]]
             steps = settings["initial_alignment_steps"] + summary.rounds * settings["alignment_steps"]
-            server = align["flops_per_step"] * steps + align["flops_to_store"] + align["flops_to_start"]
+            once = ("flops_to_store", "flops_to_start", "flops_to_plug_in")
+            server = align["flops_per_step"] * steps + sum(align[name] for name in once)
     except (OSError, ValueError) as error:
         warnings.warn(f"FLOPs cannot be counted: {error}", stacklevel=2)
         return {"client_flops": None, "server_flops": None}

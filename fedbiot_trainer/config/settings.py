@@ -235,8 +235,7 @@ class PartitionSettings:
 
     num_clients: int = field(default=3, metadata={"help": "Number of clients to make of the training set."})
     partition: str = field(
-        default="iid",
-        metadata={"help": "How the training set is split among clients.", "choices": list(PARTITIONS)},
+        default="iid", metadata={"help": "How the training set is split among clients.", "choices": list(PARTITIONS)}
     )
     partition_column: str | None = field(
         default=None, metadata={"help": "Column with the label or domain, for partition dirichlet and by-column."}
@@ -260,32 +259,28 @@ class EvaluationSettings:
             needs the environment variable `HF_ALLOW_CODE_EVAL=1`), or whatever else `evaluate.load` takes, such as the
             folder of a module of yours, if it compares `predictions` with `references`.
         eval_reference_column (`str`, *optional*, defaults to `"completion"`):
-            Column of the evaluation set that holds the references of `eval_metric`. For `"pass_at_k"` the one with the
-            tests (Python code). Where an `entry_point` column names the function to write, as in HumanEval, the prompt
-            is the start of the program, the program ends before the first line that the completion does not indent,
-            and the tests end with `check(<entry point>)`.
+            Column of the evaluation set with the references of `eval_metric`; for `"pass_at_k"`, with the tests (Python). Where an
+            `entry_point` column names the function to write, as in HumanEval, the prompt is the start of the program, which ends
+            before the first line that the completion does not indent, and the tests end with `check(<entry point>)`.
         eval_max_new_tokens (`int`, *optional*, defaults to `64`):
             Tokens to generate at most per prompt for `eval_metric`.
         eval_drift (`bool`, *optional*, defaults to `False`):
-            Whether evaluations also measure how far the emulator is from the full model on the evaluation set and on
-            held-out public text (`public_eval_size`): the two terms of the alignment loss, at all tokens and at those that
-            are trained on, as `drift_...` in `rounds.jsonl`.
+            Whether evaluations also measure the two terms of the alignment loss on the evaluation set and on held-out public
+            text (`public_eval_size`), at all tokens and at those that are trained on, as `drift_...` in `rounds.jsonl`.
         public_eval_size (`int`, *optional*, defaults to `0`):
-            Public examples to hold out of the alignment, for `eval_drift` and as what the clients' text is compared with.
-            0: all are aligned on.
+            Public examples to hold out of the alignment, for `eval_drift` and to compare the clients' text with.
         client_zero_shot_examples (`int`, *optional*, defaults to `100`):
-            Examples, at most, on which each client measures the emulator's loss before its first step. It reports their
-            mean, one number, which tells whether the public text covers its own. 0: clients report nothing of the kind.
+            Examples, at most, on which each client measures the emulator's mean loss before its first step and reports it,
+            which tells whether the public text covers its own. 0: clients report nothing of the kind.
         plug_in_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps on public text, after the last round, in which the client LoRA learns to do in the full model
-            what it does in the emulator ([`PlugInTrainer`]). With an evaluation set, they are in the result only if AdapFu
-            is better for it by `metric_for_best_model`. 0: it is plugged in as clients left it.
+            Steps on public text, after the last round, in which the client LoRA learns to do in the full model what it does in
+            the emulator ([`PlugInTrainer`]). With an evaluation set, what was learned is kept only if AdapFu is better by it.
         plug_in_scales (`list[float]`, *optional*):
             Strengths at which the client LoRA is tried in the full model at the end; the result has the one at which
             AdapFu is best on the evaluation set by `metric_for_best_model` (AdapFu's loss by default). Of two sets, name
             one there (`"adap_fu_<name>_loss"`), and what the other one measures is not what was chosen by. `None`: 1.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether to delete the files that an earlier run left in `output_dir`. If `False`, such a folder is refused.
+            Whether to delete the files that an earlier run left in `output_dir`; else such a folder is refused.
     """
 
     eval_rounds: int = field(

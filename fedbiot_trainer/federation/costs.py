@@ -36,7 +36,7 @@ SETTINGS: tuple[str, ...] = (
 )
 SETTINGS += ("num_clients", "fraction_train", "num_rounds", "local_steps", "proximal_weight", "max_length")
 SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "alignment_batch_size", "alignment_steps")
-SETTINGS += ("initial_alignment_steps", "alignment_kl_weight")
+SETTINGS += ("initial_alignment_steps", "alignment_kl_weight", "plug_in_steps")
 MORE_FLOPS = {torch.ops.aten.addmm_: lambda output, a, b, **kwargs: 2 * math.prod(a) * b[-1]}  # torch forgets it
 
 
@@ -71,8 +71,9 @@ def plan(
           emulator package or the full model), `bytes_per_round_down` and `bytes_per_round_up`.
         - `"server"`, of alignment with a `"cached"` (if that can be) or an `"online"` teacher: `student_flops`, `teacher_flops`,
           `flops_per_step`, `flops_per_round`; at most, `store_bytes` of hidden states in the model's dtype and
-          `flops_to_store` them; `flops_to_start`, the emulator LoRA's closed form, if it can be computed; `flops_of_run`,
-          with the initial alignment; the bytes of all clients.
+          `flops_to_store` them; `flops_to_start`, the emulator LoRA's closed form, if it can be computed;
+          `flops_to_plug_in`, of `plug_in_steps`; `flops_of_run`, with all of these and the initial alignment; the bytes of
+          all clients.
 
     Raises:
         ValueError, OSError: If a setting or the model cannot work in a run, or the model cannot run without data.
@@ -242,7 +243,10 @@ def _alignment_costs(models: SplitModel, args: FedBiOTConfig, public_examples: i
     all_steps = first_steps + args.num_rounds * round_steps
     stored = min(public_examples, all_steps * args.alignment_batch_size)
     state_bytes = models.adap_fu.config.get_text_config().hidden_size * models.adap_fu.dtype.itemsize
-    start_flops = _start_flops(models, args, batch, public_examples)
+    start_flops, plug_in_flops = (
+        _start_flops(models, args, batch, public_examples),
+        _plug_in_flops(models, args, batch),
+    )
     costs = {}
     for name, teacher, examples in (("cached", adapter_layers, stored), ("online", whole, 0)):
         if name == "online" or not split.num_adapter_layers_bottom:
@@ -255,9 +259,27 @@ def _alignment_costs(models: SplitModel, args: FedBiOTConfig, public_examples: i
                 "store_bytes": examples * args.max_length * state_bytes,
                 "flops_to_store": to_store,
                 "flops_to_start": start_flops,
-                "flops_of_run": per_step * all_steps + to_store + start_flops,
+                "flops_to_plug_in": plug_in_flops,
+                "flops_of_run": per_step * all_steps + to_store + start_flops + plug_in_flops,
             }
     return costs
+
+
+def _plug_in_flops(models: SplitModel, args: FedBiOTConfig, batch: dict[str, torch.Tensor]) -> int:
+    """Of the steps of [`PlugInTrainer`]: three teachers, the emulator as two of them, and the full model as the student."""
+    if args.plug_in_steps == 0 or not models.split.dropped:
+        return 0
+    full, emulator = causal_lm(models.adap_fu), causal_lm(models.adap_emu)
+    head = full.get_output_embeddings()
+    set_trainable_lora(models.adap_fu, CLIENT)
+
+    def step():
+        with torch.no_grad():
+            for teacher in (full, emulator, emulator):
+                head(teacher.base_model(**batch, use_cache=False)[0])
+        head(full.base_model(**batch, use_cache=False)[0]).sum().backward()
+
+    return args.plug_in_steps * _count_flops(step)
 
 
 def _start_flops(models: SplitModel, args: FedBiOTConfig, batch: dict[str, torch.Tensor], public_examples: int) -> int:

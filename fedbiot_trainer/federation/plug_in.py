@@ -37,8 +37,11 @@ def learn(server: FederatedServer, evaluator: Evaluator | None, selection: Selec
         selection ([`Selection`]): What to choose by. AdapFu's loss, if that is no metric of AdapFu.
 
     Returns:
-        [`PlugInLearning`], *optional*: `None` if no layer is dropped, so that there is nothing to learn.
+        [`PlugInLearning`], *optional*: `None` if no layer is dropped, so that there is nothing to learn, or if the LoRA does
+            not stay finite. It is plugged in as clients left it then.
     """
+    if server.plug_in_trainer is None:
+        return None
     if not selection.metric.startswith(ADAP_FU):
         selection = Selection()
 
@@ -51,8 +54,6 @@ def learn(server: FederatedServer, evaluator: Evaluator | None, selection: Selec
         divergences = server.learn_plug_in()
     except DivergenceError as error:
         logger.warning(f"The client LoRA is plugged in as clients left it: {error}")
-        divergences = []
-    if not divergences:
         server.install_loras()
         return None
     after = score()

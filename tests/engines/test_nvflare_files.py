@@ -188,7 +188,7 @@ class Engine:
     ],
 )
 def test_an_answer_waits_for_a_connection(codes, asked, monkeypatch):
-    """NVFlare itself sends it when its question times out, and then waits for five minutes."""
+    """NVFlare itself sends it when its question times out, and then waits for what got lost."""
     monkeypatch.setattr(executor, "RETRY_SECONDS", 0.0)
     engine, context = Engine(*codes), FLContext()
     context.get_engine = lambda: engine

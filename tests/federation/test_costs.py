@@ -25,6 +25,7 @@ from fedbiot_trainer import (
 )
 from fedbiot_trainer.cli.plan import main, plan_tables
 from fedbiot_trainer.federation.costs import plan
+from fedbiot_trainer.server.plug_in import PlugInTrainer
 from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.lora_state import get_lora_state
 from fedbiot_trainer.wire.messages import LocalWork
@@ -193,6 +194,20 @@ def test_closed_form_of_the_start(args, make_alignment):
     trainer.prepare_teacher()
     assert flops_of(trainer.initialize) == pytest.approx(costs["server"]["cached"]["flops_to_start"], rel=0.01)
     assert planned("llama").server["cached"]["flops_to_start"] == 0
+
+
+@pytest.mark.parametrize(
+    "places", [{}, {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1}], ids=["top", "both ends"]
+)
+def test_steps_of_the_plug_in(args, texts, tokenizer, make_alignment, places):
+    model, steps = tiny_model(num_hidden_layers=4), {"plug_in_steps": 2, **places}
+    settings = args(**steps)
+    costs = plan(model, settings, lora(), public_examples=EXAMPLES)["server"]["online"]
+    trainer = PlugInTrainer(make_alignment(model, teacher="online", **steps), settings, texts, tokenizer)
+    assert flops_of(lambda: trainer.take_steps(2)) == pytest.approx(costs["flops_to_plug_in"], rel=0.02)
+    without = plan(model, args(**places), lora(), public_examples=EXAMPLES)["server"]["online"]
+    assert without["flops_to_plug_in"] == 0
+    assert costs["flops_of_run"] - without["flops_of_run"] == costs["flops_to_plug_in"] > 0
 
 
 def test_settings_of_the_steps(args, make_client, make_alignment):

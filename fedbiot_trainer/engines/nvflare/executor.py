@@ -76,7 +76,7 @@ def await_owner(fl_ctx: FLContext, abort_signal: Signal):
     """
     Return when the owner's job can be reached, or nobody waits for the answer any more. NVFlare asks the same once before it
     sends an answer. But if that takes too long it sends all the same, and an answer that a lost connection took with it
-    holds the site up for five minutes.
+    holds the site up for as long as its largest message may take.
     """
     request = Shareable()
     request.set_header(ReservedKey.TASK_ID, fl_ctx.get_prop(FLContextKey.TASK_ID))
@@ -84,7 +84,7 @@ def await_owner(fl_ctx: FLContext, abort_signal: Signal):
         replies = fl_ctx.get_engine().send_aux_request(
             [FQCN.ROOT_SERVER], ReservedTopic.TASK_CHECK, request, CHECK_SECONDS, fl_ctx, optional=True
         )
-        reply = replies.get(FQCN.ROOT_SERVER)
+        reply = (replies or {}).get(FQCN.ROOT_SERVER)
         if reply is None or reply.get_return_code() not in (ReturnCode.TIMEOUT, ReturnCode.COMMUNICATION_ERROR):
             return
         time.sleep(RETRY_SECONDS)
