@@ -1,5 +1,6 @@
 """What a command line cannot be, found in its first second: without torch, datasets and the libraries on them."""
 
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..config.checks import check_federation
+from ..config.kinds import check_kind
 from ..config.settings import GROUPS
 from ..data.names import check_path, template_columns
 from ..data.public_sources import public_sources
@@ -19,6 +21,8 @@ SOURCES = (
     "max_eval_samples", "max_public_samples", "partition_values", "eval_fraction", "dataset_streaming",
     "public_dataset_config", "public_fractions",
 )  # fmt: skip
+BOOLS = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
+KINDS = {"dataset_streaming": bool | None, "eval_fraction": float | None, "public_fractions": list[float] | None}
 LISTS = ("client_datasets", "partition_values", "public_dataset_name", "public_fractions")
 
 
@@ -37,16 +41,13 @@ def check_early(argv: list[str]):
     if given is None:
         return
     values = {name: _convert(given.get(name, default), kind) for name, (kind, default) in kinds.items()}
-    if values["teacher"] is None:
-        values["teacher"] = "online" if values["num_adapter_layers_bottom"] > 0 else "cached"
     check_federation(SimpleNamespace(**values))
 
     sources: dict[str, Any] = {name: given.get(name) for name in SOURCES}
-    sources["dataset_streaming"] = _convert(sources["dataset_streaming"], bool)
-    sources["eval_fraction"] = _convert(sources["eval_fraction"], float)
+    for name, kind in KINDS.items():
+        sources[name] = _convert(sources[name], kind)
+        check_kind(name, sources[name], kind)
     sources["public_dataset_split"] = given.get("public_dataset_split", "train")
-    if sources["public_fractions"] is not None:
-        sources["public_fractions"] = [_convert(number, float) for number in sources["public_fractions"]]
     args = SimpleNamespace(**sources)
     check_sources(args)
     for name in ("dataset_name", "eval_dataset_name"):
@@ -99,10 +100,11 @@ def _convert(value: Any, kind: Any) -> Any:
         return value
     kinds = get_args(kind) or (kind,)
     if bool in kinds:
-        return value.lower() in ("true", "1", "yes", "y", "t")
+        return BOOLS.get(value.lower(), value)
     for number in (int, float):
         if number in kinds:
-            return number(value)
+            with suppress(ValueError):
+                return number(value)
     return value
 
 

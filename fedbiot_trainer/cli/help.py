@@ -2,13 +2,14 @@
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from typing import get_args
 
 from trl import ModelConfig, TrlParser
 
 from ..config import FedBiOTConfig
+from ..config.kinds import check_kinds
 from ..config.settings import GROUPS, heading
 from ..config.training_arguments import TREATMENTS, Used
 
@@ -35,6 +36,14 @@ class TrainParser(TrlParser):
             description=description,
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
         )
+
+    def parse_args_and_config(self, *args, **kwargs):
+        """As in [`~trl.TrlParser`]; what a YAML has is of the kind that the setting is as well."""
+        parsed = super().parse_args_and_config(*args, **kwargs)
+        for arguments in parsed:
+            if is_dataclass(arguments):
+                check_kinds(arguments)
+        return parsed
 
     def format_help(self) -> str:
         """The help, from the settings themselves."""

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .aggregation import ADAPTIVE, AGGREGATION_WEIGHTS, AGGREGATIONS, UNWEIGHTED
-from .settings import ALIGNMENT_INITS, ALL_LAYERS, PARTITIONS, TEACHERS
+from .kinds import check_kinds
+from .settings import ALIGNMENT_INITS, ALL_LAYERS, GROUPS, PARTITIONS, TEACHERS
 from .training_arguments import refusals
 
 
@@ -35,6 +36,7 @@ def check_config(config: "FedBiOTConfig", changed: Mapping[str, Any]):
         ValueError: If one of them cannot work, or not with another. The message names it and says what would work.
     """
     check_federation(config)
+    check_kinds(config)
     for problem in refusals(changed):
         raise ValueError(problem)
     _check_training_arguments(config)
@@ -42,6 +44,7 @@ def check_config(config: "FedBiOTConfig", changed: Mapping[str, Any]):
 
 def check_federation(config: Any):
     """The part of [`check_config`] that is about the federation's own settings. It imports nothing."""
+    check_kinds(config, GROUPS)
     _check_ranges(config)
     _check_split(config)
     _check_aggregation(config)
@@ -123,7 +126,7 @@ def _check_split(config):
         raise ValueError(
             f"`alignment_init` is '{config.alignment_init}', but it must be one of {', '.join(ALIGNMENT_INITS)}."
         )
-    if config.teacher not in TEACHERS:
+    if config.teacher not in (None, *TEACHERS):
         raise ValueError(f"`teacher` is '{config.teacher}', but it must be one of {', '.join(TEACHERS)}.")
     if config.teacher == "cached" and config.num_adapter_layers_bottom > 0:
         raise ValueError(
@@ -131,7 +134,8 @@ def _check_split(config):
             "full model makes of the public text changes with the adapter layers at the bottom, so it cannot be "
             "computed once. Use `teacher='online'`."
         )
-    if config.offload_full_model and config.teacher == "online":
+    online = config.num_adapter_layers_bottom > 0 if config.teacher is None else config.teacher == "online"
+    if config.offload_full_model and online:
         raise ValueError(
             "`offload_full_model` is True, but an online teacher runs the full model in every alignment step. "
             + ("Use `teacher='cached'`." if config.num_adapter_layers_bottom == 0 else "Leave it out.")

@@ -4,6 +4,7 @@ import copy
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import SchedulerType
 from trl import SFTConfig
@@ -73,12 +74,15 @@ class FedBiOTConfig(
     )
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # which no JSON has
+                setattr(self, name, value.item())
         self._changed = self._changed_arguments()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        check_config(self, self._changed)
         if self.teacher is None:
             self.teacher = "online" if self.num_adapter_layers_bottom > 0 else "cached"
-        check_config(self, self._changed)
         # Transformers would ask for checkpoints as often as evaluations; the best round's LoRAs are in the state.
         keeps_best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()

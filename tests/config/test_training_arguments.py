@@ -30,6 +30,7 @@ def another(field):
         "hub_strategy": "checkpoint",
         "include_num_input_tokens_seen": "all",
         "include_for_metrics": ["loss"],
+        "eval_packing": True,
     }
     if field.name in values:
         return values[field.name]
