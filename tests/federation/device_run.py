@@ -14,9 +14,9 @@ CHECKPOINTING = (
 )
 RUNS = {
     "cached": {},
-    "offloaded": {"offload_full_model": True, "packing": True, "max_length": 32},
+    "offloaded": {"offload_full_model": True, "packing": True, "max_length": 32, "plug_in_steps": 3},
     "online": {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1, CHECKPOINTING: True},
-    "autocast": {"bf16": True},
+    "autocast": {"bf16": True, "plug_in_steps": 3},
     "not aligned": {"initial_alignment_steps": 0, "alignment_steps": 0},
     "computed start": {"alignment_init": "closed_form", "alignment_kl_weight": 0.0},
 }
@@ -44,6 +44,9 @@ def federation(base: str, folder: str, **settings) -> dict[str, float]:
     )
     summary = runner.train()
     losses = {name: getattr(summary, name)["loss"] for name in ("zero_shot", "adap_emu", "adap_fu")}
+    learning = summary.plug_in_learning
+    if learning is not None:
+        losses |= {"learning": learning.last_kl, "learned": learning.after}
     return losses | {"drift": runner.drift.measure()["drift_kl"]}
 
 
