@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..config.checks import check_federation
-from ..config.kinds import check_kind
+from ..config.kinds import check_kind, check_model_name
 from ..config.settings import GROUPS
 from ..data.names import check_path, template_columns
 from ..data.public_sources import public_sources
@@ -59,8 +59,8 @@ def check_early(argv: list[str]):
     for item in [clients] if isinstance(clients, str) else clients:
         check_path(item.partition("=")[2])
     model = given.get("model_name_or_path")
-    if model and model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-        raise FileNotFoundError(f"`model_name_or_path` is '{model}', but there is no such folder.")
+    if model:
+        check_model_name(model)
 
 
 def _given(argv: list[str], lists: set[str]) -> dict[str, Any] | None:

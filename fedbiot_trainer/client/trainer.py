@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..config import FedBiOTConfig
+from ..shared.arguments import check_args, model_or_name
 from ..shared.compat import labels_alone
 from ..shared.lora_state import CLIENT, get_lora_state, load_lora, lora_factors, save_lora, set_lora_state
 from ..shared.processes import gathered, is_sharded, release_whole
@@ -64,6 +65,8 @@ class ClientSFTTrainer(RoundTrainer):
     def __init__(
         self, model: str | EmulatorPackage | PeftModel, args: FedBiOTConfig, train_dataset: Dataset, **kwargs
     ):
+        check_args(args)
+        model = model_or_name(model, EmulatorPackage, PeftModel)
         self.package = None
         if isinstance(model, str):
             self.package = EmulatorPackage.load(model, **args.init_kwargs())

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -48,6 +49,13 @@ def check_kind(name: str, value: Any, annotation: Any):
     if not any(_is(value, kind) for kind in kinds):
         *others, last = ", ".join(map(_in_words, kinds)).split(", ")
         raise ValueError(f"`{name}` is {value!r}, but it must be {', '.join(others)}{' or ' if others else ''}{last}.")
+
+
+def check_model_name(name: str):
+    """Raise `FileNotFoundError` if the name of a model is a path that leads nowhere. Names on the Hub pass."""
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise FileNotFoundError(f"The model is '{name}', but there is no such folder.")
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

@@ -26,8 +26,8 @@ def name_client_datasets(
             no text, or the datasets are of different forms so that it is open which tokens to train on.
     """
     if (client_datasets is None) == (train_dataset is None):
-        given = "neither" if client_datasets is None else "both"
-        raise ValueError(f"Pass one of `client_datasets` and `train_dataset`; {given} was given.")
+        given = "neither was" if client_datasets is None else "both were"
+        raise ValueError(f"Pass one of `client_datasets` and `train_dataset`; {given} given.")
     if client_datasets is None:
         check_texts(train_dataset, "`train_dataset`", args.dataset_text_field)
         return partition_dataset(train_dataset, args)
@@ -61,6 +61,12 @@ def _named_pairs(client_datasets) -> list[tuple[str, Dataset]]:
     pairs = list(client_datasets.items() if isinstance(client_datasets, Mapping) else client_datasets)
     if not pairs:
         raise ValueError("`client_datasets` is empty: a federation needs at least one client.")
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                f"`client_datasets` has a {type(pair).__name__} that is no pair of a name and a dataset. Name each client: "
+                "`{'a': dataset, ...}`."
+            )
     for name, _ in pairs:
         if not isinstance(name, str | Integral) or isinstance(name, bool) or not str(name).strip():
             raise TypeError(

@@ -24,12 +24,13 @@ def load_for_run(
         ValueError: If there is no tokenizer, or it does not fit the texts.
     """
     init_kwargs = args.init_kwargs()
-    if processing_class is None and isinstance(model, str):
+    name = model if isinstance(model, str) else model.config.name_or_path
+    if processing_class is None and name:
         shared = ("revision", "token", "trust_remote_code")
         remote = {name: value for name, value in init_kwargs.items() if name in shared and value is not None}
-        processing_class = AutoTokenizer.from_pretrained(model, **remote)
+        processing_class = AutoTokenizer.from_pretrained(name, **remote)
     if processing_class is None:
-        raise ValueError("`processing_class` is None, and a loaded `model` does not tell its tokenizer.")
+        raise ValueError("`processing_class` is None, and `model` was not loaded from anywhere. Pass its tokenizer.")
     processing_class = prepare_tokenizer(processing_class, args)
     texts.check_chat_template(processing_class, args.dataset_text_field)
     if isinstance(model, str):

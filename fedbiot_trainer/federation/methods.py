@@ -15,6 +15,7 @@ from ..config.methods import METHODS
 from ..data.partition import name_client_datasets
 from ..output.run_folder import folder_name
 from ..output.tables import ROWS
+from ..shared.arguments import check_args
 from ..shared.records import RunSummary
 from .runner import FederatedRunner
 
@@ -43,6 +44,7 @@ def run_method(
     """
     if method not in METHODS:
         raise ValueError(f"`method` is '{method}', but it must be one of {', '.join(METHODS)}.")
+    check_args(args)
     chosen = METHODS[method]
     client_datasets = name_client_datasets(client_datasets, train_dataset, args)
     args = chosen.configure(args, len(client_datasets))

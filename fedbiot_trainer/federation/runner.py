@@ -28,6 +28,7 @@ from ..output.tables import result_lines, result_table, split_table
 from ..output.trackers import Trackers
 from ..server.hidden_states import texts_digest
 from ..server.server import FederatedServer
+from ..shared.arguments import check_args, check_callbacks, model_or_name
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection, keeps_best_round
@@ -67,7 +68,7 @@ class FederatedRunner:
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Held-out private text. Without it, nothing is evaluated. Of several sets, each is reported by name.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer. Loaded with the model if that is given by name. It stays as it is: a run works with a copy.
+            Tokenizer. By default that which lies where the model was loaded from. It stays as it is: a run works with a copy.
         peft_config ([`~peft.LoraConfig`], *optional*):
             The client LoRA. Defaults to rank 8 on PEFT's target modules for the architecture.
         emulator_peft_config ([`~peft.LoraConfig`], *optional*):
@@ -101,6 +102,9 @@ class FederatedRunner:
         callbacks: list[TrainerCallback] | None = None,
         remote_clients: Callable[[Path], ClientPool] | None = None,
     ):
+        check_args(args)
+        check_callbacks(callbacks or [])
+        model = model_or_name(model, PreTrainedModel)
         without_effect = args.without_effect()
         if without_effect:
             logger.warning("\n".join(without_effect.values()))

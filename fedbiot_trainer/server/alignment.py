@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from ..config import FedBiOTConfig
+from ..shared.arguments import check_args, model_or_name
 from ..shared.lora_layers import folded_loras
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, load_lora, set_lora_state
 from ..shared.processes import is_zero3, runnable, shards_parameters
@@ -67,6 +68,8 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
         total_steps: int | None = None,
         **kwargs,
     ):
+        check_args(args)
+        model = model_or_name(model, PreTrainedModel, SplitModel)
         if isinstance(model, str):
             model = load_model(model, **args.init_kwargs())
         if isinstance(model, SplitModel):

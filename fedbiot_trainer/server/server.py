@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..config.settings import AlignmentSettings
+from ..shared.arguments import check_args
 from ..shared.lora_state import (
     CLIENT,
     EMULATOR,
@@ -72,6 +73,7 @@ class FederatedServer:
         peft_config: LoraConfig | None = None,
         emulator_peft_config: LoraConfig | None = None,
     ):
+        check_args(args)
         self.args = args
         self.processing_class = prepare_tokenizer(processing_class, args)
         self.models = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.computes_start)

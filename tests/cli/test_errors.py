@@ -87,7 +87,7 @@ def test_error_of_a_library_comes_with_its_traceback(tmp_path):
         (
             ["--model_name_or_path", "./gone"],
             FileNotFoundError,
-            "`model_name_or_path` is './gone', but there is no such",
+            "The model is './gone', but there is no such",
         ),
         (["--prompt_template", "{x}"], ValueError, "`prompt_template` and `completion_template` belong together"),
         (["--prompt_template", "{x", "--completion_template", "y"], ValueError, "which is no template"),

@@ -74,7 +74,7 @@ def test_more_clients_than_examples(labelled, make_args, partition):
     "client_datasets, train_dataset, message",
     [
         (None, None, "Pass one of `client_datasets` and `train_dataset`; neither was given"),
-        ({"a": sums(0, 2)}, sums(0, 2), "both was given"),
+        ({"a": sums(0, 2)}, sums(0, 2), "both were given"),
         ({}, None, "`client_datasets` is empty"),
         ([("a", sums(0, 2)), ("b", sums(0, 2)), ("a", sums(0, 2))], None, r"has the name\(s\) a more than once"),
         ({"a": sums(0, 2), "b": sums(0, 0)}, None, "The dataset of client 'b' is empty"),

@@ -1,0 +1,58 @@
+"""The arguments that the runner and both trainers begin with, checked before anything is done with them."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from ..config import FedBiOTConfig
+from ..config.kinds import check_model_name
+
+
+def check_args(args: Any):
+    """Raise `TypeError` if `args` are no [`FedBiOTConfig`]."""
+    if not isinstance(args, FedBiOTConfig):
+        raise TypeError(
+            f"`args` must be a `FedBiOTConfig`, got {_described(args)}. It takes all that `trl.SFTConfig` takes, and the "
+            "federation's settings."
+        )
+
+
+def check_callbacks(callbacks: Any):
+    """Raise `TypeError` if `callbacks` are not a list of `TrainerCallback`s or of such classes."""
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(f"`callbacks` must be a list of `TrainerCallback`s, got {_described(callbacks)}.")
+    for callback in callbacks:
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+            raise TypeError(f"`callbacks` has {_described(callback)}, but each must be a `TrainerCallback`.")
+
+
+def model_or_name(model: Any, *kinds: type) -> Any:
+    """
+    The model, or its name: of a path, the text.
+
+    Args:
+        model (`str`, `os.PathLike` or one of `kinds`): What a caller gives. A `PeftModel` passes in any case: where it is none
+            of `kinds`, it is refused later with what to do about it.
+        kinds (`type`): What it may be.
+
+    Raises:
+        FileNotFoundError: If it is a path that leads nowhere.
+        TypeError: If it is something else.
+    """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if isinstance(model, str):
+        check_model_name(model)
+    elif not isinstance(model, (PeftModel, *kinds)):
+        names = [kind.__name__ for kind in kinds]
+        names = [f"{'an' if name[0] in 'AEIOU' else 'a'} `{name}`" for name in names]
+        *others, last = ["a name on the Hub", "a folder", *names]
+        raise TypeError(f"`model` must be {', '.join(others)} or {last}, got {_described(model)}.")
+    return model
+
+
+def _described(value: Any) -> str:
+    return f"the class `{value.__name__}`" if isinstance(value, type) else type(value).__name__
