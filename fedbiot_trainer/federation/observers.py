@@ -14,7 +14,7 @@ from ..output.run_folder import RunFolder
 from ..output.trackers import Trackers
 from ..server.server import FederatedServer
 from ..shared.processes import is_main_process
-from ..shared.records import RoundRecord
+from ..shared.records import RoundRecord, RunSummary
 from .loop import Observer
 from .state import FederationState
 
@@ -65,6 +65,13 @@ class WriteFiles(Observer):
         if is_main_process():
             self.server.package().save_loras(self.folder.package)
             self.server.save_client_lora(self.folder.client_lora, self.folder.model_name)
+
+    def save_result(self, folder: str, summary: RunSummary | None):
+        """Write the client LoRA for the full model, its tokenizer and model card into a folder of their own."""
+        if is_main_process():
+            self.server.save_client_lora(folder, self.folder.model_name)
+            self.server.save_tokenizer(folder)
+            self.folder.save_card(folder, summary)
 
 
 class WarnOfNoGain(Observer):

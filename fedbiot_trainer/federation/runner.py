@@ -8,13 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from ..client.client import FederatedClient
@@ -251,7 +245,6 @@ class FederatedRunner:
                 {f"eval_{who}_{name}": value for who, values in results.items() for name, value in values.items()},
             )
 
-        seconds = time.perf_counter() - started
         summary = self.summary = summarize(
             self.args,
             server,
@@ -260,7 +253,7 @@ class FederatedRunner:
             results,
             parameters,
             bytes_once,
-            seconds,
+            time.perf_counter() - started,
             loop.initial_alignment,
             None if loop.best is None else loop.best.server_round,
             *plugged_in,
@@ -326,10 +319,19 @@ class FederatedRunner:
         generate = self.args.eval_metric is not None
         return {"zero_shot": self.evaluator.zero_shot(generate), **self.evaluator.adapted(generate)}
 
-    def save_model(self):
-        """Write `client_lora/` with its model card, the LoRAs of `emulator_package/`, and the run's figures."""
-        WriteFiles(self.folder, self.server).save_loras()
-        self.folder.save(self.records, self.summary)
+    def save_model(self, output_dir: str | Path | None = None):
+        """
+        Write `client_lora/` with its model card, the LoRAs of `emulator_package/`, and the run's figures.
+
+        Args:
+            output_dir (`str` or `Path`, *optional*): Another folder than the run's gets what is in `client_lora/`, and no more.
+        """
+        files = WriteFiles(self.folder, self.server)
+        if output_dir is None or Path(output_dir).resolve() == self.folder.path.resolve():
+            files.save_loras()
+            self.folder.save(self.records, self.summary)
+        else:
+            files.save_result(output_dir, self.summary)
 
     def push_to_hub(self, repo_id: str | None = None, private: bool | None = None, token: str | None = None) -> str:
         """

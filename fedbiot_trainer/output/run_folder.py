@@ -113,12 +113,16 @@ class RunFolder:
         """Write the model card, the figures and, if the run has ended, its summary."""
         if not is_main_process():
             return
-        write_model_card(self.client_lora, self.model_name, self.args, summary)
+        self.save_card(self.client_lora, summary)
         if summary is not None:
             summary.write(self.path / "summary.json")
         if len(records) != self._rounds_drawn:
             plot_rounds(records, self.path / "rounds.png")
             self._rounds_drawn = len(records)
+
+    def save_card(self, folder: str | Path, summary: RunSummary | None):
+        """Write the model card of the result into a folder."""
+        write_model_card(folder, self.model_name, self.args, summary)
 
 
 def folder_name(client: str) -> str:

@@ -153,6 +153,16 @@ def test_package_with_its_loras_is_adap_emu(run, tokenizer):
     assert pipeline("text-generation", model.get_base_model(), tokenizer=tokenizer)("5+1=", max_new_tokens=2)
 
 
+def test_the_result_in_a_folder_of_its_own(run, tmp_path):
+    run.save_model(str(run.folder.path))  # as TRL's scripts say it
+    assert not (run.folder.path / "adapter_model.safetensors").exists()
+    run.save_model(tmp_path / "mine")
+    names = {file.name for file in run.folder.client_lora.iterdir()}
+    assert {file.name for file in (tmp_path / "mine").iterdir()} == names and "adapter_model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "mine" / name).read_bytes() == (run.folder.client_lora / name).read_bytes()
+
+
 def test_evaluate_again(run):
     again = run.evaluate()
     for name, metrics in again.items():
