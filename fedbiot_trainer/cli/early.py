@@ -80,11 +80,27 @@ def _given(argv: list[str], lists: set[str]) -> dict[str, Any] | None:
             flags[name.replace("-", "_")].append(word)
     given: dict[str, Any] = {}
     if flags.get("config"):
-        try:
-            given = yaml.safe_load(Path(flags["config"][0]).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"`config` is '{flags['config'][0]}', which is no YAML ({error}).") from error
+        given = read_yaml(flags["config"][0])
     return given | {name: words if name in lists else " ".join(words) for name, words in flags.items() if words}
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """
+    The settings in a YAML.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is no YAML, or one of something else than settings.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"`config` is '{file}', but there is no such file.")
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`config` is '{file}', which is no YAML ({error}).") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"`config` is '{file}', which has no settings (`name: value` on a line each).")
+    return settings
 
 
 def _item(kind: Any) -> Any:

@@ -1,6 +1,7 @@
 """`fedbiot train --help`: the federation's own flags first, under what they are about, and TRL's after them."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from ..config import FedBiOTConfig
 from ..config.kinds import check_kinds
 from ..config.settings import GROUPS, heading
 from ..config.training_arguments import TREATMENTS, Used
+from .early import read_yaml
 
 
 USAGE = "%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]"
@@ -37,9 +39,12 @@ class TrainParser(TrlParser):
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
         )
 
-    def parse_args_and_config(self, *args, **kwargs):
-        """As in [`~trl.TrlParser`]; what a YAML has is of the kind that the setting is as well."""
-        parsed = super().parse_args_and_config(*args, **kwargs)
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs):
+        """As in [`~trl.TrlParser`]; the YAML is there, and what it has is of the kind that the setting is."""
+        args = list(sys.argv[1:] if args is None else args)
+        if "--config" in args[:-1]:
+            read_yaml(args[args.index("--config") + 1])
+        parsed = super().parse_args_and_config(args, **kwargs)
         for arguments in parsed:
             if is_dataclass(arguments):
                 check_kinds(arguments)

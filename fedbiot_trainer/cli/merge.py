@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.trainer_utils import align_special_tokens
 
+from ..config.kinds import check_model_name
 from ..config.settings import ALL_LAYERS
 from ..server.split import LayerSplit, choose_split
 from ..shared.lora_state import load_lora, set_lora_state
@@ -158,6 +159,7 @@ def _base_model(folder: Path, given: str | None, package: str | Path | None) -> 
     name = given or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     if name is None:
         raise ValueError(f"`base_model` is None, and '{folder}' does not name the full model that it is for. Name it.")
+    check_model_name(name)
     return name
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..config import FedBiOTConfig
+from ..config.kinds import check_model_name
 from ..federation.costs import COLUMNS, SETTINGS, plan
 from ..output.tables import format_bytes
 
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None):
         default = 1 if name == "per_device_train_batch_size" else field.default
         parser.add_argument(f"--{name}", type=type(default or 0), default=default, help=field.metadata["help"])
     given = parser.parse_args(argv)
+    if not Path(given.model).is_file():
+        check_model_name(given.model)
     targets = "all-linear" if given.lora_target_modules == ["all-linear"] else given.lora_target_modules
     try:
         args = FedBiOTConfig(**{name: getattr(given, name) for name in (*SETTINGS, "trust_remote_code")}, use_cpu=True)

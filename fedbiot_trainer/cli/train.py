@@ -210,7 +210,7 @@ def prepare(script_args: FederatedScriptArguments, training_args: FedBiOTConfig,
         model_name = str(_task_folder(script_args.task) / "base")
     if model_name is None:
         raise ValueError(
-            "`model_name_or_path` is not set. Name the full model, or run without arguments for the demo."
+            "`model_name_or_path` is not set. Name the full model: a folder, or as it is called on the Hub."
         )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

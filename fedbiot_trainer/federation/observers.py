@@ -66,7 +66,7 @@ class WriteFiles(Observer):
             self.server.package().save_loras(self.folder.package)
             self.server.save_client_lora(self.folder.client_lora, self.folder.model_name)
 
-    def save_result(self, folder: str, summary: RunSummary | None):
+    def save_result(self, folder: str | Path, summary: RunSummary | None):
         """Write the client LoRA for the full model, its tokenizer and model card into a folder of their own."""
         if is_main_process():
             self.server.save_client_lora(folder, self.folder.model_name)

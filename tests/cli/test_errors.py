@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fedbiot_trainer.cli import plan, serve
 from fedbiot_trainer.cli.early import check_early
 
 
@@ -84,16 +85,13 @@ def test_error_of_a_library_comes_with_its_traceback(tmp_path):
         (["--num_adapter_layers=0"], ValueError, "`num_adapter_layers` is 0"),
         (["--public-dataset-name", "./gone.jsonl"], FileNotFoundError, "There is no file './gone.jsonl'"),
         (["--client_datasets", "a=org/a", "b=gone.JSONL.gz"], FileNotFoundError, "There is no file 'gone.JSONL.gz'"),
-        (
-            ["--model_name_or_path", "./gone"],
-            FileNotFoundError,
-            "The model is './gone', but there is no such",
-        ),
+        (["--model_name_or_path", "./gone"], FileNotFoundError, "The model is './gone', but there is no such folder"),
         (["--prompt_template", "{x}"], ValueError, "`prompt_template` and `completion_template` belong together"),
         (["--prompt_template", "{x", "--completion_template", "y"], ValueError, "which is no template"),
         (["--dataset_name", "org/b"], ValueError, "Set one of `dataset_name` and `client_datasets`"),
         (["--eval_fraction", "0.1"], ValueError, "`eval_fraction` is 0.1, but it is about `dataset_name`"),
-        (["--config", "gone.yaml"], FileNotFoundError, "gone.yaml"),
+        (["--config", "gone.yaml"], FileNotFoundError, "`config` is 'gone.yaml', but there is no such file"),
+        (["--model_name_or_path", "outputs/to/b"], FileNotFoundError, "The model is 'outputs/to/b', but there is no"),
     ],
 )
 def test_flags_that_cannot_work(flags, error, message):
@@ -111,6 +109,21 @@ def test_yaml_is_read_under_the_flags(tmp_path):
     file.write_text("task: [demo\n")
     with pytest.raises(ValueError, match="`config` is '.*run.yaml', which is no YAML"):
         check_early(["--config", str(file)])
+    file.write_text("task demo\n")
+    with pytest.raises(ValueError, match="`config` is '.*run.yaml', which has no settings"):
+        check_early(["--config", str(file)])
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="`config` is '.*run.yaml', which is no YAML"):
+        check_early(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    "module, flags", [(serve, ["--config", "gone.yaml"]), (plan, ["--model", "./gone"])], ids=["serve", "plan"]
+)
+def test_other_commands_name_what_is_not_there(module, flags, monkeypatch):
+    monkeypatch.setattr(serve, "check_installed", lambda *names: None)
+    with pytest.raises(FileNotFoundError, match=f"is '{flags[1]}', but there is no such"):
+        module.main(flags)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=[f"{path.parent.name}/{path.stem}" for path in YAMLS])
