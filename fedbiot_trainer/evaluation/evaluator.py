@@ -1,11 +1,14 @@
 """Zero-shot, AdapEmu and AdapFu on held-out text."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from datasets import Dataset, concatenate_datasets
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..server.hidden_states import tensors_digest
 from ..server.split_model import SplitModel
+from ..shared.lora_state import get_lora_state
 from ..shared.processes import runnable
 from ..shared.records import LOSS_METRICS
 from ..shared.round_trainer import RoundTrainer
@@ -16,9 +19,12 @@ from .passes import complete
 from .text_metric import TextMetric
 
 
+ZERO_SHOT = "zero-shot"
+
+
 class Evaluator:
     """
-    Evaluates a full model and its emulator on held-out private text.
+    Evaluates a full model and its emulator on held-out private text. With the same LoRAs, nothing is measured twice.
 
     Args:
         models ([`SplitModel`]): The models. Whoever evaluates them loads the LoRAs first.
@@ -56,7 +62,7 @@ class Evaluator:
             self._metrics = text_metric if isinstance(text_metric, Mapping) else {"": text_metric}
         self._check_room(trainer)
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
-        self._zero_shot: dict[str, float] = {}
+        self._known: dict[str, dict[str, float]] = {}
 
     def _check_room(self, trainer):
         """Whether the model has positions for what is generated."""
@@ -71,27 +77,22 @@ class Evaluator:
 
     def remember_zero_shot(self, scores: dict[str, float] | None):
         """Take [`zero_shot`]'s result from an earlier run."""
-        self._zero_shot = dict(scores or {})
+        self._known[ZERO_SHOT] = dict(scores or {})
 
     def zero_shot(self, generate: bool = False) -> dict[str, float]:
-        """The full model without any LoRA. Computed once."""
-        full = self.models.adap_fu
-        if not self._zero_shot or (generate and self._zero_shot.keys() <= self.loss_metrics):
-            with self.models.whole_on(self.args.device), full.disable_adapter():
-                self._zero_shot = self._evaluate(full, generate)
-        return self._zero_shot
+        """The full model without any LoRA."""
+        return self._scores(ZERO_SHOT, self.models.adap_fu, generate)
 
     def adapted(self, generate: bool = False) -> dict[str, dict[str, float]]:
         """`adap_emu` (emulator + adapter layers) and `adap_fu` (full model + adapter layers) as of now."""
         adap_fu = self.adap_fu(generate)
         # With nothing dropped, and an emulator LoRA that stays zero, they compute the same.
         same = not self.models.split.dropped and not self.args.aligns
-        return {"adap_emu": adap_fu if same else self._evaluate(self.models.adap_emu, generate), "adap_fu": adap_fu}
+        return {"adap_emu": adap_fu if same else self._adapted(self.models.adap_emu, generate), "adap_fu": adap_fu}
 
     def adap_fu(self, generate: bool = False) -> dict[str, float]:
         """The second of these alone."""
-        with self.models.whole_on(self.args.device):
-            return self._evaluate(self.models.adap_fu, generate)
+        return self._adapted(self.models.adap_fu, generate)
 
     @property
     def loss_metrics(self) -> set[str]:
@@ -99,15 +100,37 @@ class Evaluator:
         names = ["", *(f"{name}_" for name in self._sets if name)]
         return {f"{name}{metric}" for name in names for metric in LOSS_METRICS}
 
-    def _evaluate(self, model, generate):
+    def _adapted(self, model, generate):
+        loras = {name: get_lora_state(model, name) for name in model.peft_config}
+        digest = tensors_digest((f"{name} {key}", t) for name, state in loras.items() for key, t in state.items())
+        return self._scores(f"{'full' if model is self.models.adap_fu else 'emulator'} {digest}", model, generate)
+
+    def _scores(self, name, model, generate):
+        """What is known of the model with its LoRAs, under a name that tells them, after measuring what is not."""
+        known = self._known.setdefault(name, {})
+        losses = not known
+        texts = generate and len(self._metrics) > 0 and known.keys() <= self.loss_metrics
+        if losses or texts:
+            with ExitStack() as stack:
+                if model is self.models.adap_fu:
+                    stack.enter_context(self.models.whole_on(self.args.device))
+                if name == ZERO_SHOT:
+                    stack.enter_context(model.disable_adapter())
+                known |= self._measure(model, losses, texts)
+        return {metric: value for metric, value in known.items() if generate or metric in self.loss_metrics}
+
+    def _measure(self, model, losses, texts):
         batch_size = self.args.per_device_eval_batch_size
+        scores, completions = {}, {}
         with self.accelerator.autocast(), runnable(model, self.accelerator):
-            scores = {
-                name: evaluate_loss(model, tokens, self.data_collator, batch_size, self.accelerator, self.on_progress)
-                for name, tokens in self._sets.items()
-            }
-            completions = {}
-            if generate:
+            if losses:
+                scores = {
+                    name: evaluate_loss(
+                        model, tokens, self.data_collator, batch_size, self.accelerator, self.on_progress
+                    )
+                    for name, tokens in self._sets.items()
+                }
+            if texts:
                 completions = {
                     name: complete(
                         model,
@@ -120,9 +143,9 @@ class Evaluator:
                     )
                     for name, metric in self._metrics.items()
                 }
-        metrics = self._with_means(scores)
-        for name, texts in completions.items():
-            found = self._metrics[name].compute(texts, self.accelerator)
+        metrics = self._with_means(scores) if losses else {}
+        for name, found_texts in completions.items():
+            found = self._metrics[name].compute(found_texts, self.accelerator)
             metrics |= {f"{name}_{key}" if name else key: value for key, value in found.items()}
         return metrics
 
