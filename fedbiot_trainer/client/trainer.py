@@ -66,7 +66,7 @@ class ClientSFTTrainer(RoundTrainer):
         self, model: str | EmulatorPackage | PeftModel, args: FedBiOTConfig, train_dataset: Dataset, **kwargs
     ):
         check_args(args)
-        model = model_or_name(model, EmulatorPackage, PeftModel)
+        model = model_or_name(model, EmulatorPackage, PeftModel, names="an emulator package's folder")
         self.package = None
         if isinstance(model, str):
             self.package = EmulatorPackage.load(model, **args.init_kwargs())

@@ -1,6 +1,7 @@
 """Every knob of a federated run, on top of TRL's `SFTConfig`."""
 
 import copy
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -75,8 +76,7 @@ class FedBiOTConfig(
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # which no JSON has
-                setattr(self, name, value.item())
+            setattr(self, name, _plain(value))
         self._changed = self._changed_arguments()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -149,3 +149,12 @@ class FedBiOTConfig(
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             setattr(args, name, type(getattr(args, name))("no"))
         return args
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: of NumPy's numbers and of paths, Python's and their text."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value

@@ -1,8 +1,6 @@
 """Whether a setting's value is of the kind that its field says."""
 
 import inspect
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -22,20 +20,22 @@ def check_kinds(config: Any, groups: Sequence[type] = ()):
         config (`Any`): Has them.
         groups (sequence of `type`, *optional*): The dataclasses. By default it is that of `config` with those that it inherits
             from, some of which are a library's: then numbers and switches are checked, which nobody else does before they are
-            used, and not what may be other things than its annotation says.
+            used, and not what may be other things than its annotation says. A switch may be `None` there.
     """
     annotations: dict[str, Any] = {}
     for group in groups or reversed(type(config).__mro__):
         annotations |= inspect.get_annotations(group)
     for name, annotation in annotations.items():
-        value = getattr(config, name)
-        if value is not getattr(type(config), name, MISSING) and (groups or SIMPLE.issuperset(_kinds(annotation))):
+        value, kinds = getattr(config, name, MISSING), _kinds(annotation)
+        if value is getattr(type(config), name, MISSING) or (value is None and bool in kinds and not groups):
+            continue
+        if groups or SIMPLE.issuperset(kinds):
             check_kind(name, value, annotation)
 
 
 def check_kind(name: str, value: Any, annotation: Any):
     """
-    Check a value. A list may be a tuple, a number be whole, and a string a path.
+    Check a value. A list may be a tuple, a number be whole.
 
     Args:
         name (`str`): The setting's.
@@ -47,7 +47,8 @@ def check_kind(name: str, value: Any, annotation: Any):
     """
     kinds = _kinds(annotation)
     if not any(_is(value, kind) for kind in kinds):
-        *others, last = ", ".join(map(_in_words, kinds)).split(", ")
+        words = sorted(map(_in_words, kinds), key=lambda word: word.startswith("a list"))
+        *others, last = ", ".join(words).split(", ")
         raise ValueError(f"`{name}` is {value!r}, but it must be {', '.join(others)}{' or ' if others else ''}{last}.")
 
 
@@ -68,8 +69,8 @@ def _is(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):  # which is an int to Python
         return kind is bool
     if kind is float:
-        return isinstance(value, int | float) and not math.isnan(value)
-    return isinstance(value, (str, os.PathLike) if kind is str else kind)
+        return isinstance(value, int | float) and value == value  # it is a number
+    return isinstance(value, kind)
 
 
 def _in_words(kind: Any) -> str:

@@ -76,8 +76,13 @@ class Evaluator:
                 )
 
     def remember_zero_shot(self, scores: dict[str, float] | None):
-        """Take [`zero_shot`]'s result from an earlier run."""
-        self._known[ZERO_SHOT] = dict(scores or {})
+        """Take [`zero_shot`]'s losses from an earlier run, if it had the same sets."""
+        if scores is not None and scores.keys() >= self.loss_metrics:
+            self._known[ZERO_SHOT] = {name: scores[name] for name in scores if name in self.loss_metrics}
+
+    def forget(self):
+        """Measure anew what is asked for next."""
+        self._known.clear()
 
     def zero_shot(self, generate: bool = False) -> dict[str, float]:
         """The full model without any LoRA."""

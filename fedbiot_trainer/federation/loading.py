@@ -28,7 +28,14 @@ def load_for_run(
     if processing_class is None and name:
         shared = ("revision", "token", "trust_remote_code")
         remote = {name: value for name, value in init_kwargs.items() if name in shared and value is not None}
-        processing_class = AutoTokenizer.from_pretrained(name, **remote)
+        try:
+            processing_class = AutoTokenizer.from_pretrained(name, **remote)
+        except (OSError, ValueError) as error:
+            if isinstance(model, str):
+                raise
+            raise ValueError(
+                f"`processing_class` is None, and '{name}', where `model` was loaded from, has no tokenizer ({error}). Pass it."
+            ) from error
     if processing_class is None:
         raise ValueError("`processing_class` is None, and `model` was not loaded from anywhere. Pass its tokenizer.")
     processing_class = prepare_tokenizer(processing_class, args)

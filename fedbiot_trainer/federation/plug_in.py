@@ -29,7 +29,7 @@ def plug_in(
 def learn(server: FederatedServer, evaluator: Evaluator | None, selection: Selection) -> PlugInLearning | None:
     """
     Let the server's client LoRA learn in the full model what it does in the emulator ([`FederatedServer.learn_plug_in`]).
-    With held-out text, what was learned is kept only if AdapFu is better with it, which costs two evaluations of AdapFu.
+    With held-out text, what was learned is kept only if AdapFu is better with it, which costs up to two evaluations of AdapFu.
 
     Args:
         server ([`FederatedServer`]): Its `plug_in_lora` is set.
@@ -72,7 +72,7 @@ def choose_scale(
     Let the server plug the client LoRA in at the strength at which AdapFu is best on held-out text.
 
     What clients trained is right for their emulator. In the full model, less of it is better where the two are far apart.
-    Each strength costs an evaluation of AdapFu.
+    Each strength that was not evaluated yet costs an evaluation of AdapFu.
 
     Args:
         server ([`FederatedServer`]): Its `plug_in_scale` is set.

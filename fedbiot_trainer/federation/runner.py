@@ -236,7 +236,7 @@ class FederatedRunner:
             progress.phase(loop.server_round, "plugging in")
             plugged_in = plug_in(server, self.evaluator, self.args, self.selection)
             progress.phase(loop.server_round, "evaluating")
-            results = self.evaluate()
+            results = self._results()
             # Shown with the last round.
             shown = self.evaluator.loss_metrics if self.evaluator and loop.server_round > 0 else set()
             scores = {who: values.keys() - shown for who, values in results.items()}
@@ -313,6 +313,11 @@ class FederatedRunner:
             `args.eval_metric`, what that metric returns. Of several sets, each metric by name (`<name>_loss`), and the
             means of the first two over all tokens. Empty without an `eval_dataset`.
         """
+        if self.evaluator is not None:
+            self.evaluator.forget()
+        return self._results()
+
+    def _results(self) -> dict[str, dict[str, float]]:
         if self.evaluator is None:
             return {}
         self.server.install_loras()
@@ -327,7 +332,7 @@ class FederatedRunner:
             output_dir (`str` or `Path`, *optional*): Another folder than the run's gets what is in `client_lora/`, and no more.
         """
         files = WriteFiles(self.folder, self.server)
-        if output_dir is None or Path(output_dir).resolve() == self.folder.path.resolve():
+        if not output_dir or Path(output_dir).resolve() == self.folder.path.resolve():
             files.save_loras()
             self.folder.save(self.records, self.summary)
         else:

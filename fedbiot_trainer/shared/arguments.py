@@ -29,7 +29,7 @@ def check_callbacks(callbacks: Any):
             raise TypeError(f"`callbacks` has {_described(callback)}, but each must be a `TrainerCallback`.")
 
 
-def model_or_name(model: Any, *kinds: type) -> Any:
+def model_or_name(model: Any, *kinds: type, names: str = "a name on the Hub, a folder") -> Any:
     """
     The model, or its name: of a path, the text.
 
@@ -37,6 +37,7 @@ def model_or_name(model: Any, *kinds: type) -> Any:
         model (`str`, `os.PathLike` or one of `kinds`): What a caller gives. A `PeftModel` passes in any case: where it is none
             of `kinds`, it is refused later with what to do about it.
         kinds (`type`): What it may be.
+        names (`str`, *optional*): What a text names.
 
     Raises:
         FileNotFoundError: If it is a path that leads nowhere.
@@ -47,9 +48,8 @@ def model_or_name(model: Any, *kinds: type) -> Any:
     if isinstance(model, str):
         check_model_name(model)
     elif not isinstance(model, (PeftModel, *kinds)):
-        names = [kind.__name__ for kind in kinds]
-        names = [f"{'an' if name[0] in 'AEIOU' else 'a'} `{name}`" for name in names]
-        *others, last = ["a name on the Hub", "a folder", *names]
+        classes = [kind.__name__ for kind in kinds]
+        *others, last = [names, *(f"{'an' if name[0] in 'AEIOU' else 'a'} `{name}`" for name in classes)]
         raise TypeError(f"`model` must be {', '.join(others)} or {last}, got {_described(model)}.")
     return model
 

@@ -18,6 +18,7 @@ from transformers.utils import is_liger_kernel_available, logging
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
+from .arguments import check_callbacks
 from .compat import ignore_in_ddp, set_rates, worker_settings
 from .lora_state import CLIENT, set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, local_part, prepare_fsdp, renew_trainable, whole_shape
@@ -65,6 +66,7 @@ class RoundTrainer(SFTTrainer):
             check_texts(train_dataset, self.text_name, args.dataset_text_field)
         if kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("`optimizers` cannot be passed: every round starts with a fresh optimizer.")
+        check_callbacks(kwargs.get("callbacks") or [])
         self._accelerator_from = share_accelerator
         self._deepspeed: DeepSpeedSettings | None = None
         if args.ddp_find_unused_parameters is None:

@@ -21,7 +21,7 @@ def prepare_tokenizer(processing_class: PreTrainedTokenizerBase, args: SFTConfig
 
     Raises:
         TypeError: If it is no tokenizer.
-        ValueError: If it has no end token, lacks a token, or `chat_template_path` would add tokens.
+        ValueError: If it has no token for text, no end token, lacks a token, or `chat_template_path` would add tokens.
     """
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
@@ -29,6 +29,11 @@ def prepare_tokenizer(processing_class: PreTrainedTokenizerBase, args: SFTConfig
             "on: of a processor, pass its `tokenizer`."
         )
     tokenizer = copy.deepcopy(processing_class)
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+        raise ValueError(
+            f"`processing_class` has no token but special ones ({len(tokenizer)}): this is what transformers makes of a folder "
+            "without tokenizer files. Pass the model's tokenizer, or save it beside the model."
+        )
     for name in ("eos_token", "pad_token"):
         token = getattr(args, name)
         if token is not None:

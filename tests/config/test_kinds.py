@@ -50,7 +50,9 @@ def test_kinds_that_do_as_well(make_args, tmp_path):
         **{"fraction_train": 1, "max_grad_norm": float("inf"), "plug_in_scales": (0.5, 1)},
         **{"learning_rate": np.float32(1e-3), "teacher_cache_dir": tmp_path, "warmup_steps": 0.1},
     )
-    assert args.plug_in_scales == (0.5, 1) and args.teacher_cache_dir == tmp_path
+    assert args.plug_in_scales == (0.5, 1) and args.teacher_cache_dir == str(tmp_path)
+    assert make_args(plug_in_scales=np.linspace(0.5, 1, 2), packing=None).plug_in_scales == [0.5, 1.0]
+    args.to_json_string()
 
 
 @pytest.mark.parametrize(
@@ -60,13 +62,13 @@ def test_kinds_that_do_as_well(make_args, tmp_path):
         ("--num_rounds 2.5", "`num_rounds` is '2.5', but it must be a whole number."),
         (
             "--plug_in_scales 0.5 half",
-            "`plug_in_scales` is [0.5, 'half'], but it must be a list of which each is a number",
+            "`plug_in_scales` is [0.5, 'half'], but it must be None or a list of which each is a number",
         ),
         ("--freeze_a maybe", "`freeze_a` is 'maybe', but it must be True or False."),
         ("--eval_fraction half", "`eval_fraction` is 'half', but it must be a number or None."),
         (
             "--public_fractions x",
-            "`public_fractions` is ['x'], but it must be a list of which each is a number or None.",
+            "`public_fractions` is ['x'], but it must be None or a list of which each is a number.",
         ),
     ],
 )

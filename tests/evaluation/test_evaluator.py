@@ -32,10 +32,22 @@ def test_with_the_same_loras_nothing_is_measured_twice(make_runner, measured):
         + [("complete", emulator)]
     )
     measured.clear()
-    expected = runner.evaluate()
+    runner.evaluator.adapted(generate=True)
+    runner.evaluator.zero_shot(generate=True)
     assert measured == []
-    runner.evaluator._known.clear()
-    assert runner.evaluate() == expected and len(measured) == 6
+    again = runner.evaluate()  # a user asks for it
+    assert len(measured) == 6 and again["adap_fu"] == pytest.approx(runner.summary.adap_fu)
+
+
+def test_zero_shot_of_other_sets_is_not_taken(make_runner):
+    runner = make_runner(eval_metric="exact_match", eval_max_new_tokens=2)
+    evaluator = runner.evaluator
+    expected = evaluator.zero_shot(generate=True)
+    for scores in (None, {"loss": 1.0}, {**expected, "loss": 1.0}):
+        evaluator.forget()
+        evaluator.remember_zero_shot(scores)
+        again = evaluator.zero_shot(generate=True)
+        assert again == {**expected, "loss": 1.0 if scores and len(scores) > 1 else expected["loss"]}
 
 
 def test_other_loras_are_measured(make_runner, measured):
@@ -43,13 +55,15 @@ def test_other_loras_are_measured(make_runner, measured):
     before = runner.evaluate()
     server = runner.server
     server.client_lora, emulator_lora = randomize(server.models.adap_emu, "client", "emulator")
+    server.install_loras()
     measured.clear()
-    after = runner.evaluate()
-    assert len(measured) == 2 and after["zero_shot"] == before["zero_shot"]
+    after = runner.evaluator.adapted()
+    assert len(measured) == 2
     assert after["adap_fu"] != before["adap_fu"] and after["adap_emu"] != before["adap_emu"]
     server.emulator_lora = emulator_lora  # which the full model has not
+    server.install_loras()
     measured.clear()
-    assert runner.evaluate()["adap_fu"] == after["adap_fu"]
+    assert runner.evaluator.adapted()["adap_fu"] == after["adap_fu"]
     assert [layers for _, layers in measured] == [5]
 
 

@@ -82,7 +82,7 @@ def test_with_nothing_dropped_the_emulator_is_measured_once_it_differs(make_runn
     runner = make_runner(**settings)
     runner.train()
     models, evaluator, measured = runner.server.models, runner.evaluator, []
-    evaluator._known.clear()
+    evaluator.forget()
 
     def measure(model, *args):
         measured.append(model)

@@ -73,8 +73,30 @@ def test_the_others(make_args, tokenizer):
             make()
     with pytest.raises(TypeError, match="a `PreTrainedModel` or a `SplitModel`, got int"):
         EmulatorAlignmentTrainer(3, make_args(), text)
-    with pytest.raises(TypeError, match="an `EmulatorPackage` or a `PeftModel`, got LlamaForCausalLM"):
+    with pytest.raises(
+        TypeError, match="an emulator package's folder, an `EmulatorPackage` or a `PeftModel`, got LlamaForCausalLM"
+    ):
         ClientSFTTrainer(tiny_model(), make_args(), text)
+
+
+def test_callbacks_of_a_trainer(make_args, package):
+    with pytest.raises(TypeError, match="`callbacks` must be a list .*, got EarlyStoppingCallback"):
+        ClientSFTTrainer(package, make_args(), sums(0, 8), callbacks=EarlyStoppingCallback())
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt2"])
+def test_a_folder_without_a_tokenizer(make_args, tmp_path, model_type):
+    """Of which transformers makes one that knows special tokens alone."""
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for model in (tmp_path / "base", loaded):
+        with pytest.raises(ValueError, match="`processing_class` has no token but special ones"):
+            FederatedRunner(model, make_args(), {"north": sums(0, 8)}, public_dataset=sums(40, 50), peft_config=LORA)
+    loaded.config.name_or_path = str(tmp_path / "gone" / "from" / "here")
+    with pytest.raises(
+        ValueError, match="`processing_class` is None, and '.*here', where `model` was loaded from, has no"
+    ):
+        FederatedRunner(loaded, make_args(), {"north": sums(0, 8)}, public_dataset=sums(40, 50), peft_config=LORA)
 
 
 def test_a_path_is_a_name_and_brings_its_tokenizer(make_args, tokenizer, tmp_path):
