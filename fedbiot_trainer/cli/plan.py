@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None):
         default = 1 if name == "per_device_train_batch_size" else field.default
         parser.add_argument(f"--{name}", type=type(default or 0), default=default, help=field.metadata["help"])
     given = parser.parse_args(argv)
-    if not Path(given.model).is_file():
-        check_model_name(given.model)
     targets = "all-linear" if given.lora_target_modules == ["all-linear"] else given.lora_target_modules
     try:
+        if not Path(given.model).is_file():
+            check_model_name(given.model)
         args = FedBiOTConfig(**{name: getattr(given, name) for name in (*SETTINGS, "trust_remote_code")}, use_cpu=True)
         args.model_init_kwargs = {"dtype": given.dtype, "revision": given.revision}
         peft_config = LoraConfig(r=given.lora_r, target_modules=targets)

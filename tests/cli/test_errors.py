@@ -122,7 +122,7 @@ def test_yaml_is_read_under_the_flags(tmp_path):
 )
 def test_other_commands_name_what_is_not_there(module, flags, monkeypatch):
     monkeypatch.setattr(serve, "check_installed", lambda *names: None)
-    with pytest.raises(FileNotFoundError, match=f"is '{flags[1]}', but there is no such"):
+    with pytest.raises((FileNotFoundError, SystemExit), match=f"is '{flags[1]}', but there is no such"):
         module.main(flags)
 
 
