@@ -9,12 +9,13 @@ from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..evaluation.coverage import EMULATOR_LOSS, FULL_LOSS
-from ..output.progress import RunProgress
+from ..output.progress import RunProgress, no_progress_bars
 from ..output.run_folder import RunFolder
 from ..output.trackers import Trackers
 from ..server.server import FederatedServer
 from ..shared.processes import is_main_process
 from ..shared.records import RoundRecord, RunSummary
+from ..wire.plan import TrainingPlan
 from .loop import Observer
 from .state import FederationState
 
@@ -59,6 +60,15 @@ class WriteFiles(Observer):
     def on_round_end(self, record: RoundRecord):
         self.save_loras()
         self.folder.add_record(record)
+
+    def save_package(self, args: FedBiOTConfig) -> int:
+        """Write what clients get, and the result's tokenizer. Returns the package's bytes."""
+        with no_progress_bars():
+            TrainingPlan.of(args).save(self.folder.package)
+            num_bytes = self.server.package().save(self.folder.package, self.server.processing_class)
+        if is_main_process():
+            self.server.save_tokenizer(self.folder.client_lora)
+        return num_bytes
 
     def save_loras(self):
         """Write the client LoRA for the full model, and both LoRAs into the emulator package."""

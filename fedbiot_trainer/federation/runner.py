@@ -26,7 +26,6 @@ from ..shared.arguments import check_args, check_callbacks, model_or_name
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection, keeps_best_round
-from ..wire.plan import TrainingPlan
 from .interruption import Interruption
 from .loading import load_for_run
 from .loop import RoundLoop, Schedule
@@ -106,9 +105,8 @@ class FederatedRunner:
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config.name_or_path)
         if not args.resume_from_checkpoint:
             self.folder.check_free()
-        texts = RunTexts.of(
-            args, client_datasets, train_dataset, public_dataset, eval_dataset, remote_clients is not None
-        )
+        is_remote = remote_clients is not None
+        texts = RunTexts.of(args, client_datasets, train_dataset, public_dataset, eval_dataset, is_remote)
         self.selection = choose_selection(args, texts.eval_sets, callbacks or [])
         self.keeps_best_round = keeps_best_round(args, texts.eval_sets)
 
@@ -134,16 +132,17 @@ class FederatedRunner:
             if texts.eval_sets:
                 self.evaluator = Evaluator(self.server.models, self.trainer, texts.eval_sets, texts.metrics)
             self.drift, self.public_loss = public_measures(args, self.server, self.trainer, self.evaluator, texts)
+        self.files = WriteFiles(self.folder, self.server)
         self.console = Console(force_terminal=False if args.disable_tqdm else None)
         self.interruption = Interruption()
-        for trainer in filter(None, (self.trainer, self.server.trainer)):
+        for trainer in filter(None, (self.trainer, self.server.trainer, self.server.plug_in_trainer)):
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(self.interruption)
-        self.pool: ClientPool
-        if remote_clients is None:
-            self.pool = LocalClients(list(self.clients.values()), self.interruption)
-        else:
-            self.pool = remote_clients(self.folder.package)
+        self.pool: ClientPool = (
+            LocalClients(list(self.clients.values()), self.interruption)
+            if remote_clients is None
+            else remote_clients(self.folder.package)
+        )
         self.trackers = Trackers(args, args.num_rounds, callbacks or [], model, processing_class)
         self.records: list[RoundRecord] = []
         self.summary: RunSummary | None = None
@@ -185,15 +184,13 @@ class FederatedRunner:
 
     def _claim(self, checkpoint: str | bool | None) -> FederationState | None:
         """Take the folder, and find in it what to go on from."""
-        state = None
         self.trainer.accelerator.wait_for_everyone()  # all have seen whether the folder is free
         if not checkpoint:
             self.folder.check_free()  # what came there since
             self.trainer.accelerator.wait_for_everyone()
         self.folder.claim()
-        if checkpoint:
-            state = find_state(self.folder, checkpoint)
-        else:
+        state = find_state(self.folder, checkpoint) if checkpoint else None
+        if not checkpoint:
             self.folder.clear()
         self.settings = run_settings(
             self.args,
@@ -272,11 +269,8 @@ class FederatedRunner:
         """Write what clients get, and show the split. Returns its sizes, in parameters and bytes."""
         server, parameters = self.server, self.server.models.count_parameters()
         self.trainer.package_lora = server.client_lora
-        with no_progress_bars():
-            TrainingPlan.of(self.args).save(self.folder.package)
-            bytes_once = server.package().save(self.folder.package, server.processing_class)
+        bytes_once = self.files.save_package(self.args)
         if self.args.process_index == 0:
-            server.save_tokenizer(self.folder.client_lora)
             split, asked = server.models.split.record(), self.args.num_sampled(len(self.pool.names()))
             self.console.print(split_table(split, parameters, bytes_once, server.payload_sizes(), asked))
         return parameters, bytes_once
@@ -292,7 +286,7 @@ class FederatedRunner:
             self.interruption,
             observers=[
                 KeepState(self.folder.state, keep, args.save_after_clients),
-                WriteFiles(self.folder, self.server),
+                self.files,
                 ShowProgress(progress),
                 CallCallbacks(self.trackers),
                 WarnOfNoGain(records, self.keeps_best_round),
@@ -321,8 +315,7 @@ class FederatedRunner:
         if self.evaluator is None:
             return {}
         self.server.install_loras()
-        generate = self.args.eval_metric is not None
-        return {"zero_shot": self.evaluator.zero_shot(generate), **self.evaluator.adapted(generate)}
+        return {"zero_shot": self.evaluator.zero_shot(generate=True), **self.evaluator.adapted(generate=True)}
 
     def save_model(self, output_dir: str | Path | None = None):
         """
@@ -331,12 +324,11 @@ class FederatedRunner:
         Args:
             output_dir (`str` or `Path`, *optional*): Another folder than the run's gets what is in `client_lora/`, and no more.
         """
-        files = WriteFiles(self.folder, self.server)
         if not output_dir or Path(output_dir).resolve() == self.folder.path.resolve():
-            files.save_loras()
+            self.files.save_loras()
             self.folder.save(self.records, self.summary)
         else:
-            files.save_result(output_dir, self.summary)
+            self.files.save_result(output_dir, self.summary)
 
     def push_to_hub(self, repo_id: str | None = None, private: bool | None = None, token: str | None = None) -> str:
         """

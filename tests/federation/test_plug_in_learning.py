@@ -1,6 +1,8 @@
 """The client LoRA learns in the full model what it does in the emulator."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from fedbiot_trainer.federation import plug_in as learning_side
+from fedbiot_trainer.federation.interruption import RunInterrupted
 from fedbiot_trainer.federation.observers import run_progress
 from fedbiot_trainer.federation.plug_in import learn
 from fedbiot_trainer.server import plug_in
@@ -173,6 +176,29 @@ def test_strengths_are_those_of_what_was_learned(make_runner):
 def test_nothing_dropped_leaves_nothing_to_learn(make_runner):
     summary = make_runner(num_rounds=1, plug_in_steps=3, emulator_drop_ratio=0.0).train()
     assert summary.plug_in_learning is None
+
+
+def test_a_signal_ends_its_step_and_a_resume_learns_the_same(make_runner, monkeypatch, capsys):
+    whole = make_runner(num_rounds=1, plug_in_steps=4)
+    expected = whole.train()
+    assert "train_runtime" not in capsys.readouterr().out  # nothing but the run's own lines
+    runner = make_runner(num_rounds=1, plug_in_steps=4, overwrite_output_dir=True)
+    trainer, losses = runner.server.plug_in_trainer, []
+    compute_loss = trainer.compute_loss
+
+    def told_to_stop(*args, **kwargs):
+        losses.append(compute_loss(*args, **kwargs))
+        if len(losses) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses[-1]
+
+    monkeypatch.setattr(trainer, "compute_loss", told_to_stop)
+    with pytest.raises(RunInterrupted, match="stopped by SIGTERM"):
+        runner.train()
+    assert len(losses) == 2
+    again = make_runner(num_rounds=1, plug_in_steps=4, resume_from_checkpoint=True)
+    assert again.train().plug_in_learning == expected.plug_in_learning
+    assert_same(again.server.models.extract(), whole.server.models.extract())
 
 
 def test_what_cannot_learn_is_refused(make_runner, make_args, monkeypatch):
