@@ -60,7 +60,7 @@ def check_early(argv: list[str]):
         check_path(item.partition("=")[2])
     model = given.get("model_name_or_path")
     if model:
-        check_model_name(model)
+        check_model_name(model, "model_name_or_path")
 
 
 def _given(argv: list[str], lists: set[str]) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ class TrainParser(TrlParser):
             read_yaml(args[args.index("--config") + 1])
         parsed = super().parse_args_and_config(args, **kwargs)
         for arguments in parsed:
-            if is_dataclass(arguments):
+            if is_dataclass(arguments) and not isinstance(arguments, FedBiOTConfig):  # which checks itself
                 check_kinds(arguments)
         return parsed
 

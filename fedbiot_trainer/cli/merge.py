@@ -159,7 +159,7 @@ def _base_model(folder: Path, given: str | None, package: str | Path | None) -> 
     name = given or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     if name is None:
         raise ValueError(f"`base_model` is None, and '{folder}' does not name the full model that it is for. Name it.")
-    check_model_name(name)
+    check_model_name(name, "base_model")
     return name
 
 

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None):
     targets = "all-linear" if given.lora_target_modules == ["all-linear"] else given.lora_target_modules
     try:
         if not Path(given.model).is_file():
-            check_model_name(given.model)
+            check_model_name(given.model, "model")
         args = FedBiOTConfig(**{name: getattr(given, name) for name in (*SETTINGS, "trust_remote_code")}, use_cpu=True)
         args.model_init_kwargs = {"dtype": given.dtype, "revision": given.revision}
         peft_config = LoraConfig(r=given.lora_r, target_modules=targets)

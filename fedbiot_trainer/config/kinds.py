@@ -52,11 +52,11 @@ def check_kind(name: str, value: Any, annotation: Any):
         raise ValueError(f"`{name}` is {value!r}, but it must be {', '.join(others)}{' or ' if others else ''}{last}.")
 
 
-def check_model_name(name: str):
-    """Raise `FileNotFoundError` if the name of a model is a path that leads nowhere. Names on the Hub pass."""
+def check_model_name(name: str, argument: str):
+    """Raise `FileNotFoundError` if a model's name, given as `argument`, is a path that leads nowhere. Names on the Hub pass."""
     is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
-        raise FileNotFoundError(f"The model is '{name}', but there is no such folder.")
+        raise FileNotFoundError(f"`{argument}` is '{name}', but there is no such folder.")
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ def model_or_name(model: Any, *kinds: type, names: str = "a name on the Hub, a f
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if isinstance(model, str):
-        check_model_name(model)
+        check_model_name(model, "model")
     elif not isinstance(model, (PeftModel, *kinds)):
         classes = [kind.__name__ for kind in kinds]
         *others, last = [names, *(f"{'an' if name[0] in 'AEIOU' else 'a'} `{name}`" for name in classes)]

@@ -85,13 +85,21 @@ def test_error_of_a_library_comes_with_its_traceback(tmp_path):
         (["--num_adapter_layers=0"], ValueError, "`num_adapter_layers` is 0"),
         (["--public-dataset-name", "./gone.jsonl"], FileNotFoundError, "There is no file './gone.jsonl'"),
         (["--client_datasets", "a=org/a", "b=gone.JSONL.gz"], FileNotFoundError, "There is no file 'gone.JSONL.gz'"),
-        (["--model_name_or_path", "./gone"], FileNotFoundError, "The model is './gone', but there is no such folder"),
+        (
+            ["--model_name_or_path", "./gone"],
+            FileNotFoundError,
+            "`model_name_or_path` is './gone', but there is no such folder",
+        ),
         (["--prompt_template", "{x}"], ValueError, "`prompt_template` and `completion_template` belong together"),
         (["--prompt_template", "{x", "--completion_template", "y"], ValueError, "which is no template"),
         (["--dataset_name", "org/b"], ValueError, "Set one of `dataset_name` and `client_datasets`"),
         (["--eval_fraction", "0.1"], ValueError, "`eval_fraction` is 0.1, but it is about `dataset_name`"),
         (["--config", "gone.yaml"], FileNotFoundError, "`config` is 'gone.yaml', but there is no such file"),
-        (["--model_name_or_path", "outputs/to/b"], FileNotFoundError, "The model is 'outputs/to/b', but there is no"),
+        (
+            ["--model_name_or_path", "outputs/to/b"],
+            FileNotFoundError,
+            "`model_name_or_path` is 'outputs/to/b', but there is no",
+        ),
     ],
 )
 def test_flags_that_cannot_work(flags, error, message):

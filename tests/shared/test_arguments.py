@@ -22,11 +22,11 @@ from fedbiot_trainer.shared.lora_state import get_lora_state
         ),
         ({"model": type(tiny_model())}, TypeError, "`model` must be .*, got the class `LlamaForCausalLM`"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "`model` must be .*, got Linear"),
-        ({"model": "/gone"}, FileNotFoundError, "The model is '/gone', but there is no such folder"),
+        ({"model": "/gone"}, FileNotFoundError, "`model` is '/gone', but there is no such folder"),
         (
             {"model": Path("gone") / "to" / "b"},
             FileNotFoundError,
-            "The model is 'gone/to/b', but there is no such folder",
+            "`model` is 'gone/to/b', but there is no such folder",
         ),
         ({"args": {"num_rounds": 1}}, TypeError, "`args` must be a `FedBiOTConfig`, got dict"),
         ({"args": SFTConfig("out", use_cpu=True)}, TypeError, "`args` must be a `FedBiOTConfig`, got SFTConfig"),
