@@ -162,6 +162,9 @@ class ShowProgress(Observer):
     def on_phase(self, server_round: int, phase: str):
         self.progress.phase(server_round, phase)
 
+    def on_round_begin(self, server_round: int):
+        self.progress.round_began()
+
     def on_progress(self, done: int, total: int):
         self.progress.part(done, total)
 

@@ -49,7 +49,8 @@ class RunProgress:
         self.console, self.num_rounds, self.enabled, self.interval = console, num_rounds, enabled, interval
         self.total_steps, self.steps_done, self._steps_before = total_steps, 0, 0
         self.steps_per_round, self.steps_after = steps_per_round, steps_after
-        self.started = self._phase_started = self._last_line = time.perf_counter()
+        self._phase_started = self._last_line = time.perf_counter()
+        self._rate_since, self._rate_counts = self._phase_started, False
         self._where = self._client = self._counted = self._loss = ""
         self._phase_steps = 0
         self._ended = threading.Event()
@@ -66,7 +67,7 @@ class RunProgress:
         self._task = self._live.add_task("starting", total=total_steps, eta="--:--")
 
     def __enter__(self) -> "RunProgress":
-        self.started = self._last_line = time.perf_counter()
+        self._last_line = time.perf_counter()
         self._live.start()
         if self.enabled and not self.console.is_terminal:
             threading.Thread(target=self._speak, daemon=True).start()
@@ -81,6 +82,11 @@ class RunProgress:
         self.steps_done = self._steps_before = steps
         self._live.update(self._task, completed=steps)
 
+    def round_began(self):
+        """From here on all time counts, whether it is taken by steps that are seen or not."""
+        if not self._rate_counts:
+            self._rate_since, self._rate_counts = time.perf_counter(), True
+
     def round_ended(self, server_round: int):
         """Count the steps of a round that were not seen: those of clients elsewhere, or of clients that failed."""
         self.steps_done = self.total_steps - self.steps_after - (self.num_rounds - server_round) * self.steps_per_round
@@ -88,11 +94,14 @@ class RunProgress:
 
     @property
     def eta(self) -> str:
-        """Time left, as `m:ss`, from the mean time per step so far."""
+        """
+        Time left, as `m:ss`, from the mean time per step so far: since the phase of the first step began, or the first round.
+        What is done once, before any step, says nothing about those to come.
+        """
         taken = self.steps_done - self._steps_before
         if taken == 0:
             return "--:--"
-        elapsed = time.perf_counter() - self.started
+        elapsed = time.perf_counter() - self._rate_since
         return _clock(elapsed / taken * (self.total_steps - self.steps_done))
 
     def phase(self, server_round: int, phase: str):
@@ -108,6 +117,8 @@ class RunProgress:
 
     def _begin(self):
         self._phase_started, self._phase_steps, self._counted, self._loss = time.perf_counter(), 0, "", ""
+        if not self._rate_counts:
+            self._rate_since = self._phase_started
         self._live.update(self._task, description=self._status)
 
     def part(self, done: int, total: int):
@@ -117,6 +128,7 @@ class RunProgress:
 
     def step(self, loss: float):
         """Count one optimizer step."""
+        self._rate_counts = True
         self.steps_done += 1
         self._phase_steps += 1
         self._counted, self._loss = f" · step {self._phase_steps}", f" · loss {loss:.3f}"

@@ -1,6 +1,7 @@
 import io
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -98,26 +99,60 @@ def test_live_display_says_where_the_run_is(make_progress):
         assert text in printed(progress)
 
 
-def test_eta_counts_the_steps(make_progress, monkeypatch):
-    clock = iter([0.0, 30.0, 3600.0, 30.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+@pytest.fixture
+def clock(monkeypatch):
+    """Where a test sets the time."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("time.perf_counter", lambda: now.seconds)
+    return now
+
+
+def test_eta_counts_the_steps(make_progress, clock):
     progress = make_progress()
     assert progress.eta == "--:--"
-    progress.steps_done = 5
+    progress.steps_done, clock.seconds = 5, 30.0
     assert progress.eta == "0:30"
-    progress.steps_done, progress.total_steps = 1, 3
+    progress.steps_done, progress.total_steps, clock.seconds = 1, 3, 3600.0
     assert progress.eta == "2:00:00"
     progress.skip(2)  # of an earlier run
-    progress.steps_done = 3
+    progress.steps_done, clock.seconds = 3, 30.0
     assert progress.eta == "0:00"
 
 
-def test_eta_counts_steps_that_are_not_seen(make_progress, monkeypatch):
+@pytest.mark.parametrize("resumed", [0, 4])
+def test_eta_does_not_count_what_comes_before_the_steps(make_progress, clock, resumed):
+    """Evaluations and hidden states of the public text take minutes, and are not repeated with each step."""
+    progress = make_progress()  # 10 steps
+    progress.skip(resumed)
+    for phase in ("evaluating the full model", "hidden states of the public text"):
+        progress.phase(0, phase)
+        clock.seconds += 500
+    progress.phase(0, "initial alignment")
+    clock.seconds += 3
+    progress.step(0.5)
+    assert progress.eta == f"0:{3 * (9 - resumed):02}"
+    progress.phase(1, "evaluating")  # as after each round
+    clock.seconds += 2
+    assert progress.eta == f"0:{5 * (9 - resumed):02}"
+
+
+def test_eta_counts_rounds_whose_steps_are_not_seen(make_progress, clock):
+    progress = make_progress()  # 10 steps, of which 1 comes before the 3 rounds
+    clock.seconds = 500.0
+    progress.phase(0, "evaluating the full model")
+    progress.round_began()
+    for phase in ("local training", "evaluating"):
+        progress.phase(1, phase)
+        clock.seconds += 20
+    progress.round_ended(1)
+    assert progress.eta == "1:00"  # 4 of 10 in 40 s
+
+
+def test_eta_counts_steps_that_are_not_seen(make_progress, clock):
     """Those of clients on other machines."""
     progress = make_progress()  # 10 steps, of which 1 comes before the 3 rounds
-    progress.started = 0.0
-    monkeypatch.setattr("time.perf_counter", lambda: 80.0)
     progress.step(0.5)
+    clock.seconds = 80.0
     progress.round_ended(1)
     assert progress.eta == "2:00"  # 4 of 10 in 80 s
     progress.round_ended(3)
