@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import needs_experts
+from conftest import needs_experts, slow
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -27,9 +27,17 @@ SAMPLE = {
 }
 
 
+EXPERTS = ("glm4_moe", "deepseek_v4")
+QUICK = ("llama", "gemma4_text", "xlstm")
+
+
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=needs_experts) if name in ("glm4_moe", "deepseek_v4") else name for name in SAMPLE],
+    [
+        *QUICK,
+        *(slow(name) for name in SAMPLE if name not in (*QUICK, *EXPERTS)),
+        *(pytest.param(name, marks=[pytest.mark.slow, needs_experts]) for name in EXPERTS),
+    ],
 )
 def test_sample_is_as_the_table_says(model_type, tmp_path):
     outcome = architectures.try_architecture(model_type, tmp_path)

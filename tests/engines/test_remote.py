@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import LORA, sums, tiny_model
+from conftest import LORA, slow, sums, tiny_model
 
 from fedbiot_trainer import FederatedRunner
 from fedbiot_trainer.engines.remote import DELIVERY_TIMEOUT, RemoteClients, read_had
@@ -101,9 +101,9 @@ def whole(make_runner, runs):
     "settings",
     [
         {},
-        {"freeze_a": True},
+        slow({"freeze_a": True}),
         {"client_ranks": ["west=2"], "aggregation": "svd"},
-        {"num_adapter_layers": 1, "num_adapter_layers_bottom": 1},
+        slow({"num_adapter_layers": 1, "num_adapter_layers_bottom": 1}),
     ],
     ids=str,
 )
@@ -118,12 +118,14 @@ def test_a_run_with_sites_is_the_run_in_one_process(whole, make_owner, make_site
         assert one.client_losses == other.client_losses and one.bytes_up == other.bytes_up
 
 
+@pytest.mark.slow
 def test_a_run_with_sites_in_mixed_precision_is_the_run_in_one_process(whole, make_owner, make_sites):
     owner = make_owner(Carrier(make_sites(bf16=True)), **SETTINGS, bf16=True)
     owner.train()
     assert same(whole(bf16=True).server.client_lora, owner.server.client_lora)
 
 
+@pytest.mark.slow
 def test_sites_with_smaller_micro_batches_come_to_the_same(whole, make_owner, make_sites):
     """As one process does that cuts its batches so."""
     cut = whole(per_device_train_batch_size=1, gradient_accumulation_steps=4)
@@ -186,7 +188,7 @@ def test_the_package_is_sent_once_in_pieces(make_owner, make_sites):
     assert [kind for kind, _ in carrier.asked].count("package") == 0
 
 
-@pytest.mark.parametrize("piece", [100, 10_000_000])
+@pytest.mark.parametrize("piece", [slow(100), 10_000_000])
 def test_the_engine_is_told_before_how_large_a_payload_can_be(make_owner, make_sites, piece):
     class Measuring(Carrier):
         def ask(self, kind, payloads, timeout):
@@ -317,8 +319,8 @@ def test_a_site_that_has_left_is_waited_for_once(make_sites, tmp_path):
     "limits, reason",
     [
         ({"min_examples": 25}, "This site has 24 examples, and trains on 25 at least."),
-        ({"max_local_steps": 1}, "The round has 2 local steps, and this site takes 1 at most."),
-        ({"max_round_seconds": 1e-9}, "The round took longer than this site's 1e-09 s."),
+        slow({"max_local_steps": 1}, "The round has 2 local steps, and this site takes 1 at most."),
+        slow({"max_round_seconds": 1e-9}, "The round took longer than this site's 1e-09 s."),
         (
             {"max_package_gb": 1e-6},
             "the package could not be delivered: The package has 0.0 GB, and this site takes 1e-06 GB",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import slow, tiny_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, modeling_flash_attention_utils
@@ -97,9 +97,7 @@ def same_run(make_runner, tmp_path, one: dict, other: dict, kernels=(None, None)
     return runner
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gpt_neox"))]
-)
+@pytest.mark.parametrize("model_type", ["llama", slow("qwen2"), slow("gpt_neox")])
 def test_flash_attention(make_runner, tmp_path, flash_attn, model_type):
     generate = {"eval_metric": "exact_match", "eval_max_new_tokens": 3}
     one, other = (
@@ -110,7 +108,7 @@ def test_flash_attention(make_runner, tmp_path, flash_attn, model_type):
     assert flash_attn == {"whole batches", "texts in a row"}  # without padding, and with it
 
 
-@pytest.mark.parametrize("teacher", ["cached", "online"])
+@pytest.mark.parametrize("teacher", ["cached", slow("online")])
 def test_flash_attention_in_the_alignment(make_runner, tmp_path, flash_attn, teacher):
     one, other = (
         {"model": with_attention(implementation), "teacher": teacher, "eval_drift": True}
@@ -120,13 +118,14 @@ def test_flash_attention_in_the_alignment(make_runner, tmp_path, flash_attn, tea
     assert flash_attn == {"whole batches", "texts in a row"}
 
 
+@pytest.mark.slow
 def test_flash_kernel_of_sdpa(make_runner, tmp_path):
     """The CPU's, which takes masks; CUDA's does not. It raises where it cannot be taken."""
     one, other = ({"model": with_attention("sdpa")} for _ in range(2))
     same_run(make_runner, tmp_path, one, other, (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("implementation", [slow("sdpa"), "flash_attention_2"])
 def test_padding_free(make_runner, tmp_path, flash_attn, implementation):
     one = {"model": with_attention("sdpa"), "max_length": None}
     other = {"model": with_attention(implementation), "max_length": None, "padding_free": True}
@@ -137,6 +136,7 @@ def test_padding_free(make_runner, tmp_path, flash_attn, implementation):
     assert bool(flash_attn) == (implementation == "flash_attention_2")
 
 
+@pytest.mark.slow
 def test_packing_with_flash_attention(make_runner, tmp_path, flash_attn):
     one, other = (
         {"model": with_attention(implementation), "packing": True, "max_length": 32, "local_steps": 6}

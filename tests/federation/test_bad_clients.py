@@ -7,6 +7,8 @@ from fedbiot_trainer import ClientUpdate, RoundStart
 from fedbiot_trainer.shared.lora_state import EMULATOR, get_lora_state
 
 
+pytestmark = pytest.mark.slow
+
 # The full model is the emulator: nothing but the rule decides what AdapFu becomes.
 SETTINGS = {
     "emulator_drop_ratio": 0.0, "initial_alignment_steps": 0, "alignment_steps": 0, "eval_rounds": 0, "num_rounds": 3,
@@ -55,7 +57,7 @@ def spoil(client, factor):
     client.fit = fit
 
 
-ATTACKS = [pytest.param(FLIP, id="sign-flip"), pytest.param(HUGE, id="100x", marks=pytest.mark.slow)]
+ATTACKS = [pytest.param(FLIP, id="sign-flip"), pytest.param(HUGE, id="100x")]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -69,6 +71,5 @@ def test_fedavg_trusts_everyone(final_loss, attack):
     assert final_loss("fedavg", attack) > 1.1 * final_loss("fedavg", attack, clean=True)
 
 
-@pytest.mark.slow
 def test_norm_clipping_bounds_what_a_client_can_do(final_loss):
     assert final_loss("norm_clipping", HUGE) < 1.1 * final_loss("fedavg", HUGE, clean=True)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ALL_PUBLIC_TEXT, sums
+from conftest import ALL_PUBLIC_TEXT, slow, sums
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fedbiot_trainer.federation.loop import RoundLoop
@@ -156,7 +156,7 @@ def test_not_a_number_is_never_the_best(make_runner, losses):
     assert runner.train().best_round == 2
 
 
-@pytest.mark.parametrize("stopped_after", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
+@pytest.mark.parametrize("stopped_after", [slow(1), 2, slow(4)])
 def test_a_resumed_run_has_the_same_best_round(make_runner, losses, tmp_path, stopped_after):
     whole, watch = watched(make_runner, losses, LOSSES[:4], output_dir=str(tmp_path / "whole"), **ALL_PUBLIC_TEXT)
     whole.train()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import assert_as_exact
+from conftest import assert_as_exact, slow
 from launches import CONFIGS, TWO, flags_of, launch, run_one, run_two, save_run_files
 from safetensors.torch import load_file
 
@@ -76,8 +76,16 @@ def test_two_processes_compute_the_same_start(files, tmp_path):
     assert_same_run(run_two(files, tmp_path, "ddp", **settings), one, exact)
 
 
-@pytest.mark.parametrize("config, kind", [("ddp", "MULTI_CPU"), pytest.param("zero2", "DEEPSPEED", marks=pytest.mark.slow), ("zero3", "DEEPSPEED"),
-                                          pytest.param("zero3_init", "DEEPSPEED", marks=pytest.mark.slow), pytest.param("fsdp2", "FSDP", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, kind",
+    [
+        ("ddp", "MULTI_CPU"),
+        slow("zero2", "DEEPSPEED"),
+        ("zero3", "DEEPSPEED"),
+        slow("zero3_init", "DEEPSPEED"),
+        slow("fsdp2", "FSDP"),
+    ],
+)
 def test_two_processes_give_what_one_gives(files, tmp_path, one_process, config, kind):
     if kind == "DEEPSPEED":
         pytest.importorskip("deepspeed")
@@ -105,7 +113,8 @@ def test_two_processes_with_an_online_teacher(files, tmp_path, one_process):
     assert_same_run(run_two(files, tmp_path, "ddp", teacher="online", **ROUNDS), *one_process)
 
 
-@pytest.mark.parametrize("method, config", [pytest.param(*run, marks=pytest.mark.slow) for run in [("fedot", "ddp"), ("local_only", "ddp"), ("full_lora", "zero3")]])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("method, config", [("fedot", "ddp"), ("local_only", "ddp"), ("full_lora", "zero3")])
 def test_methods_give_in_two_processes_what_they_give_in_one(files, tmp_path, method, config):
     if config != "ddp":
         pytest.importorskip("deepspeed")

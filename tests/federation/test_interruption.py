@@ -1,5 +1,6 @@
 """Real processes that are told to stop. What happens to the run's state is in test_resume.py."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -125,16 +126,14 @@ def test_a_run_ends_after_its_step(start, tmp_path, number, code):
     assert members(process.pid) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, number",
     [
-        pytest.param("accelerate launch", signal.SIGKILL, id="accelerate launch-SIGKILL"),
-        *(
-            pytest.param(launcher, number, id=f"{launcher}-{number.name}", marks=pytest.mark.slow)
-            for launcher in ("accelerate launch", "two processes")
-            for number in (signal.SIGTERM, signal.SIGINT)
-        ),
+        ("accelerate launch", signal.SIGKILL),
+        *itertools.product(("accelerate launch", "two processes"), (signal.SIGTERM, signal.SIGINT)),
     ],
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_no_process_is_left_behind(start, tmp_path, launcher, number):
     """A signal to the launcher alone, which forwards it or just goes: with SIGKILL it can do nothing else."""

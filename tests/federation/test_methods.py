@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import LORA, sums, tiny_model
+from conftest import LORA, slow, sums, tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -58,13 +58,12 @@ def test_every_method_is_in_the_comparison_or_the_ablation():
     assert {*COMPARISON, *ABLATION} == METHODS.keys()
 
 
+QUICK = {*COMPARISON, "fedbiot_both_ends", "ceiling"} - {"fedbiot_paper"}  # which has 500 steps of alignment
 BOTH_ENDS = {name: [0, 7] for name in ("offsite_tuning", "fedot", "fedbiot_both_ends")}
 ADAPTER_LAYERS = {**BOTH_ENDS, "full_lora": list(range(8))}
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow) if name == "fedbiot_paper" else name for name in METHODS]
-)  # of which that has 500 steps of alignment
+@pytest.mark.parametrize("method", [name if name in QUICK else slow(name) for name in METHODS])
 def test_every_method_runs(finished, method):
     summary, folder = finished(method)
     assert list(summary.split.adapter_layers) == ADAPTER_LAYERS.get(method, [6, 7])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ALL_PUBLIC_TEXT, assert_same, random_lora, sums, tiny_model
+from conftest import ALL_PUBLIC_TEXT, assert_same, random_lora, slow, sums, tiny_model
 from peft import LoraConfig
 
 from fedbiot_trainer import ClientSFTTrainer, ClientUpdate, EmulatorPackage, FederatedClient, RoundStart
@@ -125,10 +125,7 @@ def test_mean_of_b_is_the_mean_of_products(finished):
         assert torch.allclose(after[key].double() @ a, mean, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "aggregation",
-    ["fedadam", "median", *(pytest.param(r, marks=pytest.mark.slow) for r in ("multi_krum", "norm_clipping"))],
-)
+@pytest.mark.parametrize("aggregation", ["fedadam", "median", slow("multi_krum"), slow("norm_clipping")])
 def test_fixed_a_with_other_rules(make_runner, aggregation):
     clients = {f"c{i}": sums(4 * i, 4 * i + 4) for i in range(5)}
     runner = make_runner(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_PUBLIC_TEXT, assert_same, sums
+from conftest import ALL_PUBLIC_TEXT, assert_same, slow, sums
 from transformers import TrainerCallback
 
 from fedbiot_trainer.federation.interruption import RunInterrupted
@@ -85,7 +85,7 @@ def resumed(make_runner, checkpoint=True, **changes):
     return runner
 
 
-@pytest.mark.parametrize("server_round", [1, 2, 3])
+@pytest.mark.parametrize("server_round", [slow(1), 2, slow(3)])
 def test_a_resumed_run_ends_with_the_same_bits(make_runner, crash, whole, server_round):
     crash(server_round)
     assert_same_run(resumed(make_runner), whole)
@@ -293,13 +293,13 @@ def test_what_came_meanwhile_is_not_deleted(make_runner, whole, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--kills", "4", "--num_rounds", "2"], id="one process"),
-        pytest.param(["--kills", "10", "--seed", "1"], marks=pytest.mark.slow, id="one process, ten times"),
-        pytest.param(["--kills", "10", "--save_after_clients"], marks=pytest.mark.slow, id="after each client"),
-        pytest.param(["--kills", "10", "--processes", "2"], marks=pytest.mark.slow, id="two processes"),
+        pytest.param(["--kills", "10", "--seed", "1"], id="one process"),
+        pytest.param(["--kills", "10", "--save_after_clients"], id="after each client"),
+        pytest.param(["--kills", "10", "--processes", "2"], id="two processes"),
     ],
 )
 def test_killed_at_any_moment(tmp_path, flags):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CHECKPOINTING, HALF_THE_DIGITS, assert_same, rounds_of, save_files, sums, tiny_model
+from conftest import CHECKPOINTING, HALF_THE_DIGITS, assert_same, rounds_of, save_files, slow, sums, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
@@ -183,7 +183,7 @@ def test_nothing_dropped_makes_adap_emu_equal_adap_fu(make_runner):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", slow("qwen2")])
 def test_frozen_tensors_are_bit_identical(make_runner, model_type, dtype, tied):
     model = tiny_model(model_type, dtype=dtype, tie_word_embeddings=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -646,7 +646,7 @@ def test_settings_without_effect_are_named(make_runner, caplog, monkeypatch):
         {"dataloader_num_workers": 1},
         {"teacher": "online"},
         {"offload_full_model": True},
-        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
+        slow({"torch_compile": True}),
     ],
     ids=lambda setting: next(iter(setting)),
 )

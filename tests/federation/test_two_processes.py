@@ -37,6 +37,7 @@ def test_metrics_of_two_processes_are_those_of_one(files, tmp_path):
     assert (one["order"]["length"], one["order"]["rank"], one["pass_at_k"]) == (9, 0, {"pass_at_1": 0.5})
 
 
+@pytest.mark.slow
 def test_failing_process_ends_the_run(files, tmp_path):
     script = Path(__file__).parent / "distributed_run.py"
     result = launch(script, "--folder", tmp_path / "out", "--model", files / "base", "--watch", "fail", config="ddp")

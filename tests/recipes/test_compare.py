@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_files, sums
+from conftest import save_files, slow, sums
 from peft import LoraConfig
 
 from fedbiot_trainer import run_method
@@ -362,10 +362,10 @@ def test_names_of_tasks(compare, tmp_path):
     assert compare["parse_args"](["--config", other, "--output_dir", str(tmp_path)])[0].task == "gsm8k"
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("local_only", "fedot", "full_lora", "ceiling")]
+OTHERS = ("local_only", "fedot", "full_lora", "ceiling")
 
 
-@pytest.mark.parametrize("method", ["fedbiot", *OTHERS])
+@pytest.mark.parametrize("method", ["fedbiot", *map(slow, OTHERS)])
 def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     save_files(tmp_path, tokenizer)
     cell = compare["Cell"](method, 0.5, 0)
@@ -391,7 +391,9 @@ def test_costs_of_a_real_run(compare, make_args, tokenizer, tmp_path, method):
     assert result["bytes_per_client_round"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("changes, factor", [({"gradient_accumulation_steps": 3}, 3), ({"fraction_train": 0.5}, 0.5)])
+@pytest.mark.parametrize(
+    "changes, factor", [({"gradient_accumulation_steps": 3}, 3), slow({"fraction_train": 0.5}, 0.5)]
+)
 def test_flops_are_those_of_one_client(compare, make_args, tokenizer, tmp_path, changes, factor):
     save_files(tmp_path, tokenizer)
     flops = []

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ARCHITECTURES, save_files, sums, tiny_model
+from conftest import ARCHITECTURES, save_files, slow, sums, tiny_model
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM
 
@@ -199,7 +199,7 @@ def test_demo_stands_in_where_nothing_is_named(recipe):
 def test_demo_from_end_to_end(tmp_path):
     """The embedded demo, with few steps: no network, no files of the user's."""
     flags = "--num_rounds 1 --local_steps 2 --initial_alignment_steps 2 --alignment_steps 1 --eval_max_new_tokens 2"
-    flags += " --eval_rounds 0"  # only after the last
+    flags += " --eval_rounds 0 --max_public_samples 64"  # only after the last
     result = launch("--output_dir", tmp_path / "demo", *flags.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     for text in ("FedBiOT split", "round 1/1", "zero-shot full model", "AdapFu (full model)", "exact match"):
@@ -233,7 +233,14 @@ def test_one_file_for_each_client(files, tmp_path):
     assert summary["adap_fu"] is None
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("zero_shot", "local_only")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        name if name in ("fedbiot", "offsite_tuning", "full_lora") else slow(name)
+        for name in METHODS
+        if name not in ("zero_shot", "local_only")
+    ],
+)
 def test_plan_of_a_recipe(files, tmp_path, monkeypatch, method):
     """It counts what `plan` does for the data and the method at hand, and nothing is written."""
     flags = [

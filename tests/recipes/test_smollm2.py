@@ -11,7 +11,7 @@ from pathlib import Path
 import evaluate
 import pytest
 import yaml
-from conftest import tiny_model
+from conftest import slow, tiny_model
 
 
 pytestmark = pytest.mark.trains
@@ -23,7 +23,7 @@ SETS = ("word_problems_train", "svamp_test", "gsm8k_train", "gsm8k_test", "xquad
         "instructions")  # fmt: skip
 TASKS = ["svamp", "xquad", "medquad", "gsm8k", "code"]
 PUBLIC = ["far", "near", "template", "domain"]
-PREPARED = ["svamp", *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS[1:])]
+PREPARED = ["svamp", *map(slow, TASKS[1:])]
 real_data = pytest.mark.skipif(
     not all((DATA / f"{name}.jsonl").exists() for name in SETS),
     reason=f"FEDBIOT_DATA names no folder with {', '.join(SETS)} as .jsonl",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ARCHITECTURES, LORA, base_tensors, changed, sums, tiny_model
+from conftest import ARCHITECTURES, LORA, base_tensors, changed, slow, sums, tiny_model
 from peft import LoraConfig
 
 from fedbiot_trainer.server import alignment
@@ -173,7 +173,7 @@ def test_the_first_layer_is_least_squares():
     assert (ours - exact).norm() < 1e-4 * exact.norm()
 
 
-@pytest.mark.parametrize("drop_ratio", [0.2, 0.5])
+@pytest.mark.parametrize("drop_ratio", [slow(0.2), 0.5])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon", "phi3"])
 def test_it_brings_the_emulator_closer(architecture, drop_ratio):
     models = split(tiny_model(architecture, **ARCHITECTURES[architecture]), drop_ratio)

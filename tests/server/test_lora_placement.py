@@ -1,5 +1,5 @@
 import pytest
-from conftest import assert_same_model, needs_experts, random_lora, tiny_model
+from conftest import assert_same_model, needs_experts, random_lora, slow, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import transformers_weight_conversion
@@ -66,7 +66,7 @@ def test_mixtures_of_experts_are_refused_where_peft_cannot_load_them(monkeypatch
 
 
 @needs_experts
-@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("drop", [slow(0.0), 0.5])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_mixtures_of_experts_have_the_loras_on_their_layers(model_type, targets, drop, tmp_path, batch):

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LORA, randomize, sums, tiny_model
+from conftest import LORA, randomize, slow, sums, tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -137,6 +137,7 @@ def test_merging_into_quantized_weights_is_refused(load, quantization, folder, t
             merge(path, tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize("quantization", [bnb_4bit, slow(bnb_8bit), torchao_8bit], indirect=True)
 def test_run_on_a_quantized_model(make_args, folder, quantization, tmp_path):
     args = make_args(model_init_kwargs={"quantization_config": quantization()}, local_steps=10)
     runner = FederatedRunner(
