@@ -7,6 +7,7 @@ import pytest
 
 from fedbiot_trainer.cli import plan, serve
 from fedbiot_trainer.cli.early import check_early
+from fedbiot_trainer.cli.main import main
 
 
 ROOT = Path(__file__).parents[2]
@@ -65,16 +66,18 @@ def test_last_line_under_accelerate_launch(processes):
 
 
 @pytest.mark.trains
-def test_error_of_a_library_comes_with_its_traceback(tmp_path):
+def test_error_of_a_library_comes_with_its_traceback(tmp_path, capsys):
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "a"}\n')
-    result = run(
-        "-m", "fedbiot_trainer", "train", "--model_name_or_path", "org/model", "--client_datasets", f"a={data}",
-        "--output_dir", tmp_path / "out", "--use_cpu", "true", "--initial_alignment_steps", "0", "--alignment_steps", "0",
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert "Traceback (most recent call last):" in result.stderr
-    assert "fedbiot train: error: " in result.stderr.rpartition("Traceback")[2]
+    with pytest.raises(SystemExit) as end:
+        main([
+            "train", "--model_name_or_path", "org/model", "--client_datasets", f"a={data}", "--output_dir",
+            f"{tmp_path}/out", "--use_cpu", "true", "--initial_alignment_steps", "0", "--alignment_steps", "0",
+        ])  # fmt: skip
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last):" in said
+    assert "fedbiot train: error: " in said.rpartition("Traceback")[2]
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_demo_stands_in_where_nothing_is_named(recipe):
 def test_demo_from_end_to_end(tmp_path):
     """The embedded demo, with few steps: no network, no files of the user's."""
     flags = "--num_rounds 1 --local_steps 2 --initial_alignment_steps 2 --alignment_steps 1 --eval_max_new_tokens 2"
-    flags += " --eval_rounds 0 --max_public_samples 64"  # only after the last
+    flags += " --eval_rounds 0"  # only after the last
     result = launch("--output_dir", tmp_path / "demo", *flags.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     for text in ("FedBiOT split", "round 1/1", "zero-shot full model", "AdapFu (full model)", "exact match"):

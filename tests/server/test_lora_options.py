@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 import peft
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import slow, tiny_model
 from peft import LoraConfig, PrefixTuningConfig
 from torch import nn
 
@@ -34,7 +34,9 @@ def describe(tokenizer):
     return copy.deepcopy([getattr(tokenizer, name) for name in names]), tokenizer.backend_tokenizer.to_str()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [name if name in ("r", "gaussian", "rank_pattern", "target_modules") else slow(name) for name in OPTIONS]
+)
 def test_a_run_leaves_what_it_was_given_as_it_was(option, make_runner, tokenizer):
     assert ALLOWED <= {name for settings in OPTIONS.values() for name in settings} | {"init_lora_weights"}
     model, tokenizer.chat_template = tiny_model(), None

@@ -67,7 +67,7 @@ def test_mixtures_of_experts_are_refused_where_peft_cannot_load_them(monkeypatch
 
 @needs_experts
 @pytest.mark.parametrize("drop", [slow(0.0), 0.5])
-@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("targets", [slow(None), "all-linear"])
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_mixtures_of_experts_have_the_loras_on_their_layers(model_type, targets, drop, tmp_path, batch):
     make = lambda: tiny_model(model_type, **MIXTURES[model_type])  # noqa: E731

@@ -2,7 +2,7 @@ import copy
 import shutil
 
 import pytest
-from conftest import sums, tiny_model
+from conftest import slow, sums, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import processors
@@ -43,8 +43,12 @@ def ends(folder):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"eos_token": "."}, {"pad_token": "?"}, {"template": "file"}],
-    ids=["plain", "eos", "pad", "template"],
+    [
+        slow({}, id="plain"),
+        pytest.param({"eos_token": "."}, id="eos"),
+        slow({"pad_token": "?"}, id="pad"),
+        pytest.param({"template": "file"}, id="template"),
+    ],
 )
 def test_four_outputs_are_those_of_trl(make_runner, tokenizer, tmp_path, settings):
     """Package, merged AdapEmu, `client_lora/` and merged AdapFu, against an `SFTTrainer` of the full model."""
