@@ -98,7 +98,8 @@ def result_lines(summary: RunSummary, folder: Path) -> list[str]:
         uncovered = [f"the public text does not cover: {', '.join(summary.uncovered)} (`uncovered` in summary.json)"]
     best = []
     if summary.best_round is not None:
-        best.append(f"result: round {summary.best_round}, the best of {summary.rounds}")
+        compared = summary.rounds if summary.settings["eval_rounds"] == 1 else "those evaluated"
+        best.append(f"result: round {summary.best_round}, the best of {compared}")
     elif summary.adap_fu is None and summary.rounds > 0:
         best.append(
             "result: the last round; without held-out text (`eval_dataset`) nothing says whether another is better"

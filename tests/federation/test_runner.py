@@ -312,6 +312,8 @@ def test_evaluation_every_few_rounds(make_runner):
     runner.train()
     assert [r["server_round"] for r in rounds_of(runner) if r["adap_fu_loss"] is not None] == [2, 4, 5]
     assert all(record["alignment_l2"] is None for record in rounds_of(runner))
+    card = (runner.folder.client_lora / "README.md").read_text()
+    assert f"of which round {runner.summary.best_round} was the best of those evaluated and is this one" in card
 
 
 def test_without_evaluation_and_alignment(make_runner):

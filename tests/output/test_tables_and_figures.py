@@ -26,7 +26,7 @@ SUMMARY = RunSummary(
     num_public_examples=0,
     tokens_per_example={"clients": 7.0, "public": None},
     initial_alignment={},
-    settings={},
+    settings={"eval_rounds": 1},
     peft_config={},
     versions={},
 )
@@ -96,6 +96,8 @@ def test_result_lines_of_what_was_chosen(tmp_path):
         "result: round 3, the best of 7",
         "client LoRA plugged in at 0.5 of its strength: eval_adap_fu_loss 1.2500 at 0.5, 1.5000 at 1",
     ]
+    seldom = replace(SUMMARY, best_round=4, settings={"eval_rounds": 2})
+    assert result_lines(seldom, tmp_path)[1] == "result: round 4, the best of those evaluated"
 
 
 @pytest.mark.parametrize("evaluated", [True, False], ids=["evaluated", "not evaluated"])
