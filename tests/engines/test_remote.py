@@ -85,12 +85,13 @@ def runs():
 
 
 @pytest.fixture
-def whole(make_runner, runs):
+def whole(make_runner, runs, tmp_path):
     """The finished run in one process with some settings, one for all tests that compare with it."""
 
     def whole(**settings):
         if str(settings) not in runs:
-            runs[str(settings)] = make_runner(client_datasets=DATA, **SETTINGS, **settings)
+            folder = str(tmp_path / f"whole-{len(runs)}")
+            runs[str(settings)] = make_runner(client_datasets=DATA, output_dir=folder, **SETTINGS, **settings)
             runs[str(settings)].train()
         return runs[str(settings)]
 
