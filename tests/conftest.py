@@ -78,9 +78,8 @@ ARCHITECTURES = {
 }
 
 
-slow = partial(
-    pytest.param, marks=pytest.mark.slow
-)  # a parameter that `make test` leaves out, as others show the same
+# A parameter that `make test` leaves out, as others show the same.
+slow = partial(pytest.param, marks=pytest.mark.slow)
 # Older versions of transformers have the second name for it.
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(FedBiOTConfig, name)
