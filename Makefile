@@ -5,8 +5,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := fedbiot_trainer recipes benchmarks tests docs setup.py
 
-# torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages. Compiling all modules of the libraries takes a
-# third of the installation; Python compiles those that are imported.
+# torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages. Compiling all modules of the libraries takes
+# two fifths of the installation's CPU time; Python compiles those that are imported.
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 $(VENV)/.runtime: setup.py constraints.txt
