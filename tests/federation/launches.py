@@ -27,13 +27,13 @@ def launch(*command, config=None):
     """Launch a script, in two processes if there is a configuration."""
     if config == "fsdp2":
         command, config = (Path(__file__).parent / "fsdp_run.py", CONFIGS / "fsdp2.yaml", *command), "ddp"
+    elif config is not None and config.startswith("zero"):
+        command = (Path(__file__).parent / "deepspeed_run.py", *command)
     launcher = [sys.executable]
     if config is not None:
         launcher += ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
         launcher += ["--config_file", str(CONFIGS / "cpu" / f"{config}.yaml")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    # DeepSpeed calls ninja, which may be nowhere but beside this Python.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
