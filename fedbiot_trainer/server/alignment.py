@@ -127,16 +127,13 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
     def _find_added_linears(self) -> dict[int, AddedLinear]:
         if not self.args.computes_start:
             return {}
-        why = "under DeepSpeed ZeRO-3 and FSDP2 no layer can be run without the others"
-        if not shards_parameters(self.accelerator):
-            found = find_added_linears(self.models, self.args.device)
-            if found:
-                return found
-            why = (
-                f"in {type(causal_lm(self.models.adap_emu)).__name__} no linear with an emulator LoRA has an output that its "
-                "layer adds to its own"
+        found = find_added_linears(self.models, self.args.device)
+        if not found:
+            raise ValueError(
+                f"`alignment_init` is 'closed_form', but in {type(causal_lm(self.models.adap_emu)).__name__} no linear with an "
+                "emulator LoRA has an output that its layer adds to its own. Use 'zero'."
             )
-        raise ValueError(f"`alignment_init` is 'closed_form', but {why}. Use 'zero'.")
+        return found
 
     def initialize(self, on_progress: OnProgress | None = None) -> dict[str, float]:
         """

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..shared.lora_state import EMULATOR
 from ..shared.losses import hidden_state_loss
-from ..shared.processes import deal
+from ..shared.processes import deal, gathered
 from .capture import capture, causal_lm, entering_at, wiring_of
 from .split_check import two_texts
 from .split_model import SplitModel
@@ -188,11 +188,16 @@ class _Fit:
 
 @dataclass
 class PartialDecoder:
-    """A model whose decoder layers are run a few at a time."""
+    """A model whose decoder layers are run a few at a time. Under ZeRO-3 no more than their parameters is gathered."""
 
     model: PeftModel
     layers_name: str
     wiring: Wiring
+    around: list[nn.Parameter] = field(init=False)  # parameters of no layer
+
+    def __post_init__(self):
+        inside = set(self.layers.parameters())
+        self.around = [p for p in causal_lm(self.model).base_model.parameters() if p not in inside]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -208,6 +213,8 @@ class PartialDecoder:
         from the embedding on.
         """
         with ExitStack() as stack:
+            running = (parameter for layer in self.layers[start:stop] for parameter in layer.parameters())
+            stack.enter_context(gathered([*self.around, *running]))
             if states is not None:
                 states = states.to(text["input_ids"].device)
                 stack.enter_context(entering_at(self.model, self.layers_name, start, states, self.wiring))
@@ -284,8 +291,10 @@ class AddedLinear:
     def write(self, regression: Regression, accelerator: Accelerator):
         """Make the solution its LoRA, the same in all processes."""
         a, b = (broadcast(tensor.contiguous()) for tensor in regression.solve(self.module.r[EMULATOR]))
-        self.module.lora_A[EMULATOR].weight.copy_(a)
-        self.module.lora_B[EMULATOR].weight.copy_(b / self.module.scaling[EMULATOR])
+        weights = self.module.lora_A[EMULATOR].weight, self.module.lora_B[EMULATOR].weight
+        with gathered(weights, write=True) as (whole_a, whole_b):
+            whole_a.copy_(a)
+            whole_b.copy_(b / self.module.scaling[EMULATOR])
 
 
 def candidates(layer: nn.Module, hidden_size: int) -> list[Any]:

@@ -70,10 +70,13 @@ def assert_same_run(two, one, exact):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_the_same_start(files, tmp_path):
+@pytest.mark.parametrize("config", ["ddp", "zero3", "zero3_init", "fsdp2"])
+def test_two_processes_compute_the_same_start(files, tmp_path, config):
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed")
     settings = {"alignment_init": "closed_form", "initial_alignment_steps": 0, "num_rounds": 1}
     one, exact = (run_one(files, tmp_path, base, **settings) for base in ("base", "exact"))
-    assert_same_run(run_two(files, tmp_path, "ddp", **settings), one, exact)
+    assert_same_run(run_two(files, tmp_path, config, **settings), one, exact)
 
 
 @pytest.mark.parametrize(
