@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sums, tiny_model
+from conftest import slow, sums, tiny_model
 from trl import SFTConfig
 
 from fedbiot_trainer import FedBiOTConfig
@@ -164,27 +164,27 @@ def plain_loras(make_runner, tmp_path, reference):
 CLIENT, BOTH = {False}, {False, True}
 EFFECTS = [
     ({"learning_rate": 5e-3}, CLIENT),
-    ({"lr_scheduler_type": "linear"}, CLIENT),
+    slow({"lr_scheduler_type": "linear"}, CLIENT),
     ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}, CLIENT),
-    ({"warmup_steps": 2}, CLIENT),
+    slow({"warmup_steps": 2}, CLIENT),
     ({"per_device_train_batch_size": 2}, CLIENT),
     ({"gradient_accumulation_steps": 2}, CLIENT),
-    ({"optim": "sgd"}, BOTH),
+    slow({"optim": "sgd"}, BOTH),
     ({"optim": "adafactor", "optim_args": "clip_threshold=0.1"}, BOTH),
     ({"weight_decay": 0.5}, BOTH),
-    ({"adam_beta1": 0.5}, BOTH),
+    slow({"adam_beta1": 0.5}, BOTH),
     ({"adam_beta2": 0.5}, BOTH),
-    ({"adam_epsilon": 0.1}, BOTH),
+    slow({"adam_epsilon": 0.1}, BOTH),
     ({"max_grad_norm": 1e-6}, BOTH),
-    ({"label_smoothing_factor": 0.3}, CLIENT),
-    ({"loss_type": "dft"}, CLIENT),
+    slow({"label_smoothing_factor": 0.3}, CLIENT),
+    slow({"loss_type": "dft"}, CLIENT),
     ({"completion_only_loss": False}, CLIENT),
     ({"packing": True, "max_length": 32}, CLIENT),  # no text is that long
-    ({"max_length": 4, "completion_only_loss": False}, BOTH),
+    slow({"max_length": 4, "completion_only_loss": False}, BOTH),
     ({"bf16": True}, BOTH),
     ({"data_seed": 7}, BOTH),
-    ({"dataloader_drop_last": True, "per_device_train_batch_size": 7}, CLIENT),
-    ({"shuffle_dataset": True}, BOTH),
+    slow({"dataloader_drop_last": True, "per_device_train_batch_size": 7}, CLIENT),
+    slow({"shuffle_dataset": True}, BOTH),
     ({"eos_token": "="}, BOTH),
 ]
 
