@@ -223,6 +223,7 @@ def tiny_args(folder, **changes):
         "local_steps": 3,
         "initial_alignment_steps": 3,
         "alignment_steps": 2,
+        "alignment_init": "zero",
         "alignment_batch_size": 4,
         "teacher_cache_dir": str(folder / "cache"),
         "per_device_train_batch_size": 4,

@@ -11,7 +11,7 @@ from .aggregation import AggregationSettings
 
 PARTITIONS = ("iid", "dirichlet", "by-column")
 TEACHERS = ("cached", "online")
-ALIGNMENT_INITS = ("zero", "closed_form")
+ALIGNMENT_INITS = ("auto", "closed_form", "zero")
 ALL_LAYERS = -1
 
 
@@ -137,10 +137,12 @@ class AlignmentSettings:
             Steps over which the emulator LoRA's learning rate rises, at the start of the initial alignment.
         alignment_batch_size (`int`, *optional*, defaults to `8`):
             Public examples per alignment step and device.
-        alignment_init (`str`, *optional*, defaults to `"zero"`):
-            Where the emulator LoRA starts. `"zero"`: without effect, as in the paper. `"closed_form"`: each kept layer
-            takes over, by regression on the public text, what the dropped ones behind it did; forward passes alone, before
-            the first alignment step.
+        alignment_init (`str`, *optional*, defaults to `"auto"`):
+            Where the emulator LoRA starts. `"closed_form"`: each kept layer takes over, by regression on the public text,
+            what the dropped ones behind it did; forward passes alone, before the first alignment step. The emulator LoRA
+            is on the linears for it, whatever else it is on. `"zero"`: without effect, as in the paper. `"auto"`:
+            `"closed_form"` where there is an initial alignment and the emulator LoRA is on these linears anyway, as
+            `"all-linear"` is in most architectures; otherwise `"zero"`.
         alignment_init_tokens (`int`, *optional*, defaults to `100000`):
             Tokens of public text that the regression is fitted on at most.
         teacher (`str`, *optional*):
@@ -188,10 +190,10 @@ class AlignmentSettings:
     )
     alignment_batch_size: int = field(default=8, metadata={"help": "Public examples per alignment step and device."})
     alignment_init: str = field(
-        default="zero",
+        default="auto",
         metadata={
-            "help": "Start the emulator LoRA without effect (zero), or compute its start by regression on the public text "
-            "(closed_form).",
+            "help": "Compute the emulator LoRA's start by regression on the public text (closed_form), or let it start without "
+            "effect (zero). auto: computed where the LoRA is on the linears for it, as all-linear is.",
             "choices": list(ALIGNMENT_INITS),
         },
     )

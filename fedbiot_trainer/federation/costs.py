@@ -87,7 +87,7 @@ def plan(
     with torch.device("meta"), _MetaRun(), mock.patch("torch.is_autocast_enabled", return_value=False):
         full = _build(model, args.init_kwargs())
         name, dtype = type(full).__name__, str(full.dtype).removeprefix("torch.")
-        models = SplitModel.from_config(full, args, peft_config, emulator_peft_config, args.computes_start)
+        models = SplitModel.from_config(full, args, peft_config, emulator_peft_config, args.with_output_linears)
         split, layers = models.split, tuple(range(models.split.num_layers))
         states = [get_lora_state(models.adap_emu, lora_name) for lora_name in (CLIENT, EMULATOR)]
         weights, package_weights = _num_bytes(full.parameters()), _num_bytes(models.package_model.parameters())
@@ -285,7 +285,10 @@ def _plug_in_flops(models: SplitModel, args: FedBiOTConfig, batch: dict[str, tor
 def _start_flops(models: SplitModel, args: FedBiOTConfig, batch: dict[str, torch.Tensor], public_examples: int) -> int:
     """Of the emulator LoRA's closed form, if each layer has a linear for it: all layers run once, the emulator's again."""
     split, hidden_size = models.split, models.adap_emu.config.get_text_config().hidden_size
-    if not args.computes_start or not split.dropped:
+    names = (f"{split.layers_name}.{position}" for position in split.emulator_positions)
+    layers = [causal_lm(models.adap_emu).get_submodule(name) for name in names]
+    linears = [linear for layer in layers for linear in candidates(layer, hidden_size)[:1]]
+    if not args.computes_start or not split.dropped or not linears:
         return 0
     full, emulator = (
         PartialDecoder(model, split.layers_name, wiring_of(models, batch))
@@ -295,9 +298,8 @@ def _start_flops(models: SplitModel, args: FedBiOTConfig, batch: dict[str, torch
     passes = _count_flops(lambda: full.run(0, split.top_index, batch, None))
     passes += 2 * _count_flops(lambda: emulator.run(0, split.top_position, batch, None))
     regressions = 0
-    for position in split.emulator_positions:
-        for linear in candidates(emulator.layers[position], hidden_size)[:1]:
-            rows, rank = linear.in_features, linear.r[EMULATOR]
-            regressions += 2 * examples * args.max_length * rows * (rows + hidden_size)
-            regressions += 2 * hidden_size * rows * (rows + hidden_size + rank)
+    for linear in linears:
+        rows, rank = linear.in_features, linear.r[EMULATOR]
+        regressions += 2 * examples * args.max_length * rows * (rows + hidden_size)
+        regressions += 2 * hidden_size * rows * (rows + hidden_size + rank)
     return passes * examples // args.alignment_batch_size + regressions

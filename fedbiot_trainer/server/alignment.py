@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..shared.arguments import check_args, model_or_name
@@ -22,6 +23,9 @@ from .public_text import PublicTextTrainer, without_dropout
 from .split_check import check_split
 from .split_model import SplitModel
 from .teachers import PLACE, CachedTeacher, OnlineTeacher, OnProgress, Teacher, distances
+
+
+logger = logging.get_logger(__name__)
 
 
 class EmulatorAlignmentTrainer(PublicTextTrainer):
@@ -77,7 +81,7 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
                 given = "peft_config" if peft_config is not None else "emulator_peft_config"
                 raise ValueError(f"`{given}` was passed with a `SplitModel`, which has its LoRAs. Leave it out.")
         else:
-            model = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.computes_start)
+            model = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.with_output_linears)
         if not model.split.kept:
             raise ValueError(
                 f"`num_adapter_layers` is {args.num_adapter_layers}, which takes all layers, so there is no emulator to "
@@ -125,13 +129,19 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
         self.teacher.prepare(max(self.total_steps, self.steps_done + self.args.max_steps), on_progress)
 
     def _find_added_linears(self) -> dict[int, AddedLinear]:
-        if not self.args.computes_start:
+        if not self.args.computes_start or not self.models.split.dropped:
             return {}
         found = find_added_linears(self.models, self.args.device)
+        why = (
+            f"in {type(causal_lm(self.models.adap_emu)).__name__} no linear with an emulator LoRA has an output that its layer "
+            "adds to its own"
+        )
+        if not found and self.args.alignment_init == "closed_form":
+            raise ValueError(f"`alignment_init` is 'closed_form', but {why}. Use 'auto' or 'zero'.")
         if not found:
-            raise ValueError(
-                f"`alignment_init` is 'closed_form', but in {type(causal_lm(self.models.adap_emu)).__name__} no linear with an "
-                "emulator LoRA has an output that its layer adds to its own. Use 'zero'."
+            logger.warning(
+                f"The emulator LoRA starts without effect: {why}. `alignment_init='closed_form'` puts it on one, where there "
+                "is one; 'zero' is as in the paper."
             )
         return found
 

@@ -41,7 +41,7 @@ class Regression:
 
     Args:
         in_features, out_features (`int`): Sizes of the inputs and the targets.
-        device (`torch.device`): Where the matrices are.
+        device (`torch.device`): Where the tokens are. So are the matrices, if it knows float64.
     """
 
     in_features: int
@@ -52,13 +52,13 @@ class Regression:
 
     def __post_init__(self):
         columns = self.in_features, self.out_features
-        kind = {"dtype": torch.float64, "device": self.device}
+        kind = {"dtype": torch.float64, "device": "cpu" if self.device.type == "mps" else self.device}
         self.gram, self.products = (torch.zeros(self.in_features, size, **kind) for size in columns)
 
     def add(self, x: torch.Tensor, y: torch.Tensor):
         """Add tokens: inputs `(num_tokens, in_features)` and targets `(num_tokens, out_features)`."""
-        self.gram += x.T @ x
-        self.products += x.T @ y
+        self.gram += (x.T @ x).to(self.gram.device)
+        self.products += (x.T @ y).to(self.products.device)
 
     def solve(self, rank: int, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
         """

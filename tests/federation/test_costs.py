@@ -193,7 +193,23 @@ def test_closed_form_of_the_start(args, make_alignment):
     trainer = make_alignment(small(), alignment_init="closed_form")
     trainer.prepare_teacher()
     assert flops_of(trainer.initialize) == pytest.approx(costs["server"]["cached"]["flops_to_start"], rel=0.01)
-    assert planned("llama").server["cached"]["flops_to_start"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings, targets, computed",
+    [
+        ({}, "all-linear", True),
+        ({}, ["up_proj"], False),
+        ({"initial_alignment_steps": 0}, "all-linear", False),
+        ({"alignment_init": "zero"}, "all-linear", False),
+        ({"alignment_init": "closed_form", "initial_alignment_steps": 0}, ["up_proj"], True),
+    ],
+    ids=str,
+)
+def test_where_the_start_is_computed(args, settings, targets, computed):
+    settings = args(**{"alignment_init": "auto", **settings})
+    costs = plan(small(), settings, LoraConfig(target_modules=targets), public_examples=EXAMPLES)
+    assert (costs["server"]["cached"]["flops_to_start"] > 0) == computed
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The start of the emulator LoRA that is computed by regression."""
 
+import logging
 from contextlib import nullcontext
 
 import numpy as np
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from conftest import ARCHITECTURES, LORA, base_tensors, changed, slow, sums, tiny_model
 from peft import LoraConfig
 
+from fedbiot_trainer import EmulatorAlignmentTrainer, FedBiOTConfig
 from fedbiot_trainer.server import alignment, closed_form
 from fedbiot_trainer.server.capture import capture, causal_lm, run_full_model
 from fedbiot_trainer.server.closed_form import (
@@ -274,16 +276,60 @@ def test_as_many_texts_as_are_asked_for(make_alignment):
     assert 20 <= report["closed_form_tokens"] < 20 + max(map(len, trainer.train_dataset["input_ids"]))
 
 
+def is_zero(trainer):
+    return not any(tensor.any() for key, tensor in get_lora_state(trainer.model, EMULATOR).items() if "lora_B" in key)
+
+
 def test_zero_starts_without_effect(make_alignment):
     trainer = make_alignment()
-    assert trainer.initialize() == {}
-    assert not any(tensor.any() for key, tensor in get_lora_state(trainer.model, EMULATOR).items() if "lora_B" in key)
+    assert trainer.initialize() == {} and is_zero(trainer)
 
 
 def test_where_it_cannot_be_computed(make_alignment):
     gemma = tiny_model("gemma2", **ARCHITECTURES["gemma2"])
-    with pytest.raises(ValueError, match="`alignment_init` is 'closed_form', but in Gemma2ForCausalLM .* Use 'zero'"):
+    with pytest.raises(
+        ValueError, match="`alignment_init` is 'closed_form', but in Gemma2ForCausalLM .* Use 'auto' or 'zero'"
+    ):
         make_alignment(model=gemma, alignment_init="closed_form")
+
+
+def test_auto_computes_it_where_the_lora_is_on_the_linears_anyway(make_alignment):
+    assert FedBiOTConfig.alignment_init == "auto"
+    own, asked = (make_alignment(alignment_init=init) for init in ("auto", "closed_form"))
+    assert own.initialize() == asked.initialize() != {}
+    states = [get_lora_state(trainer.model, EMULATOR) for trainer in (own, asked)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], tensor) for key, tensor in states[1].items())
+
+
+@pytest.mark.parametrize(
+    "name, targets",
+    [("llama", ["q_proj", "v_proj"]), ("gemma2", "all-linear")],
+    ids=["other linears", "no such linear"],
+)
+def test_auto_is_zero_and_says_so_where_it_is_on_none(name, targets, make_args, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model, args = tiny_model(name, **ARCHITECTURES[name]), make_args(alignment_init="auto", log_level="warning")
+    lora = LoraConfig(r=4, target_modules=targets)
+    trainer = EmulatorAlignmentTrainer(model, args, sums(40, 60), peft_config=lora, processing_class=tokenizer)
+    assert trainer.initialize() == {} and is_zero(trainer)
+    assert f"starts without effect: in {type(model).__name__} no linear" in caplog.text
+    if name == "llama":
+        assert set(trainer.model.peft_config[EMULATOR].target_modules) == set(targets)
+
+
+@pytest.mark.parametrize("settings", [{"initial_alignment_steps": 0}, {"emulator_drop_ratio": 0.0}], ids=str)
+def test_auto_is_zero_where_there_is_nothing_to_start(make_alignment, settings, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = make_alignment(alignment_init="auto", log_level="warning", **settings)
+    assert trainer.initialize() == {} and is_zero(trainer)
+    assert "without effect" not in caplog.text
+
+
+def test_the_matrices_are_where_float64_is():
+    """Apple's GPUs have none."""
+    regression = Regression(4, 3, torch.device("mps"))
+    assert (regression.gram.device, regression.products.device, regression.gram.dtype) == (CPU, CPU, torch.float64)
 
 
 def test_a_resumed_run_does_not_compute_it_again(make_runner, monkeypatch):
