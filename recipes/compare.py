@@ -1,4 +1,4 @@
-"""
+r"""
 The paper's comparison on one task: methods x drop ratios (beta) x seeds, as a table with error bars and a figure.
 
     python recipes/compare.py --task demo --output_dir outputs/compare-demo
