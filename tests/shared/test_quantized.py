@@ -139,7 +139,8 @@ def test_merging_into_quantized_weights_is_refused(load, quantization, folder, t
 
 @pytest.mark.parametrize("quantization", [bnb_4bit, slow(bnb_8bit), torchao_8bit], indirect=True)
 def test_run_on_a_quantized_model(make_args, folder, quantization, tmp_path):
-    args = make_args(model_init_kwargs={"quantization_config": quantization()}, local_steps=10)
+    quantized = {"quantization_config": quantization()}
+    args = make_args(model_init_kwargs=quantized, local_steps=10, alignment_init="auto")
     runner = FederatedRunner(
         folder,
         args,
@@ -149,6 +150,7 @@ def test_run_on_a_quantized_model(make_args, folder, quantization, tmp_path):
         peft_config=LORA,
     )
     summary = runner.train()
+    assert summary.initial_alignment["closed_form_l2"] < 1
     assert summary.adap_fu["loss"] < summary.zero_shot["loss"] - 0.1
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{args.output_dir}/client_lora")
