@@ -180,11 +180,12 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
         if PLACE not in self._signature_columns:
             self._signature_columns.append(PLACE)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         self.prepare_teacher()
-        self.initialize()
+        if not resume_from_checkpoint:
+            self.initialize()
         with self.folded_client_lora():
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
 
     @contextmanager
     def folded_client_lora(self) -> Iterator[None]:

@@ -340,6 +340,17 @@ def test_a_resumed_run_does_not_compute_it_again(make_runner, monkeypatch):
     assert summary.rounds == 2 and summary.initial_alignment["closed_form_l2"] > 0
 
 
+def test_a_checkpoint_has_its_start(make_alignment, monkeypatch):
+    settings = {"alignment_init": "closed_form", "save_strategy": "steps", "save_steps": 2}
+    trainer = make_alignment(**settings)
+    trainer.train()
+    monkeypatch.setattr(alignment, "start_in_closed_form", lambda *args: pytest.fail("computed again"))
+    resumed = make_alignment(**settings)
+    resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
+    states = [get_lora_state(each.model, EMULATOR) for each in (trainer, resumed)]
+    assert all(torch.equal(states[1][key], tensor) for key, tensor in states[0].items())
+
+
 def test_a_run_without_alignment_steps(make_runner):
     runner = make_runner(
         num_rounds=1,
