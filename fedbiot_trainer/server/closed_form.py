@@ -105,7 +105,9 @@ def start_in_closed_form(
     models.adap_emu.eval()
     try:
         with accelerator.autocast():
-            return _Fit(models, linears, batches, accelerator, on_progress).run()
+            fit = _Fit(models, linears, batches, accelerator, on_progress)
+            with gathered(fit.full.around):  # which is the emulator's too
+                return fit.run()
     finally:
         models.adap_emu.train(training)
 
@@ -134,13 +136,17 @@ class _Fit:
 
     def run(self) -> dict[str, float]:
         for position, index, following in self.steps:
-            self._run(self.full, index, following, self.targets)
-            linear = self.linears.get(position)
+            linear, layer = self.linears.get(position), self.emulator.layers[position]
+            with gathered(self.full.layers[index:following].parameters()):
+                self._run(self.full, index, following, self.targets)
             if linear is None:
                 self._passed(len(self.texts))
             else:
-                linear.write(self._regression(linear, position), self.accelerator)
-            self._run(self.emulator, position, position + 1, self.states)
+                with gathered(layer.parameters()):
+                    regression = self._regression(linear, position)
+                linear.write(regression, self.accelerator)
+            with gathered(layer.parameters()):
+                self._run(self.emulator, position, position + 1, self.states)
         totals = torch.zeros(2, dtype=torch.float64)
         for text, target, states in list(zip(self.texts, self.targets, self.states, strict=True))[: self.num_mine]:
             mask = text["attention_mask"]
@@ -188,16 +194,20 @@ class _Fit:
 
 @dataclass
 class PartialDecoder:
-    """A model whose decoder layers are run a few at a time. Under ZeRO-3 no more than their parameters is gathered."""
+    """
+    A model whose decoder layers are run a few at a time. Under ZeRO-3 these must have been gathered, and what is around the
+    layers.
+    """
 
     model: PeftModel
     layers_name: str
     wiring: Wiring
-    around: list[nn.Parameter] = field(init=False)  # parameters of no layer
 
-    def __post_init__(self):
+    @property
+    def around(self) -> list[nn.Parameter]:
+        """The decoder's parameters of no layer: the embedding's and the last norm's."""
         inside = set(self.layers.parameters())
-        self.around = [p for p in causal_lm(self.model).base_model.parameters() if p not in inside]
+        return [parameter for parameter in causal_lm(self.model).base_model.parameters() if parameter not in inside]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -213,8 +223,6 @@ class PartialDecoder:
         from the embedding on.
         """
         with ExitStack() as stack:
-            running = (parameter for layer in self.layers[start:stop] for parameter in layer.parameters())
-            stack.enter_context(gathered([*self.around, *running]))
             if states is not None:
                 states = states.to(text["input_ids"].device)
                 stack.enter_context(entering_at(self.model, self.layers_name, start, states, self.wiring))
@@ -233,11 +241,13 @@ def find_added_linears(models: SplitModel, device: torch.device) -> dict[int, "A
     try:
         decoder = PartialDecoder(models.adap_emu, split.layers_name, wiring_of(models, texts))
         states, found = None, {}
-        for position in split.emulator_positions:
-            linear = AddedLinear.find(decoder, position, texts, states)
-            if linear is not None:
-                found[position] = linear
-            states = decoder.run(position, position + 1, texts, states)
+        with gathered(decoder.around):
+            for position in split.emulator_positions:
+                with gathered(decoder.layers[position].parameters()):
+                    linear = AddedLinear.find(decoder, position, texts, states)
+                    if linear is not None:
+                        found[position] = linear
+                    states = decoder.run(position, position + 1, texts, states)
         return found
     finally:
         models.adap_emu.train(training)

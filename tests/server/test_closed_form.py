@@ -1,7 +1,8 @@
 """The start of the emulator LoRA that is computed by regression."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from fedbiot_trainer.server.closed_form import (
     start_in_closed_form,
 )
 from fedbiot_trainer.server.split_model import SplitModel
-from fedbiot_trainer.server.wiring import Wiring
 from fedbiot_trainer.shared.lora_state import EMULATOR, get_lora_state
 from fedbiot_trainer.shared.losses import hidden_state_loss
 
@@ -240,17 +240,27 @@ def test_in_bfloat16():
 # ---- in a training
 
 
-def test_no_more_is_gathered_than_runs(monkeypatch):
-    models, gathered = split(tiny_model()), []
-    monkeypatch.setattr(closed_form, "gathered", lambda parameters: nullcontext(gathered.extend(parameters)))
-    decoder, (text, *_) = PartialDecoder(models.adap_fu, models.split.layers_name, Wiring()), texts()
-    states = decoder.run(0, 2, text, None)
-    gathered.clear()
-    decoder.run(2, 3, text, states)
-    name = f"{models.split.layers_name}."
-    running = (name + "2.", "model.embed_tokens.", "model.norm.")
-    named = causal_lm(models.adap_fu).named_parameters()
-    assert set(gathered) == {parameter for full_name, parameter in named if full_name.startswith(running)}
+def test_what_runs_is_gathered_and_no_more(monkeypatch):
+    active, runs = [], []
+
+    @contextmanager
+    def recording(parameters, write=False):
+        parameters = list(parameters)
+        assert not {*parameters} & {*chain(*active)}  # the inner block would release what the outer one needs
+        active.append(parameters)
+        yield parameters
+        active.pop()
+
+    def watched(decoder, start, stop, *args):
+        runs.append(stop - start)
+        assert {*chain(*active)} == {*decoder.around, *decoder.layers[start:stop].parameters()}
+        return run(decoder, start, stop, *args)
+
+    run = PartialDecoder.run
+    monkeypatch.setattr(closed_form, "gathered", recording)
+    monkeypatch.setattr(PartialDecoder, "run", watched)
+    start(split(tiny_model()), texts())
+    assert max(runs) == 3  # a kept layer and two dropped ones
 
 
 def test_alignment_goes_on_from_it(make_alignment):
