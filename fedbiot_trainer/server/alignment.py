@@ -180,12 +180,13 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
         if PLACE not in self._signature_columns:
             self._signature_columns.append(PLACE)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, *args, **kwargs):
         self.prepare_teacher()
-        if not resume_from_checkpoint:
+        resumes = args[0] if args else kwargs.get("resume_from_checkpoint")
+        if not resumes:
             self.initialize()
         with self.folded_client_lora():
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(*args, **kwargs)
 
     @contextmanager
     def folded_client_lora(self) -> Iterator[None]:
