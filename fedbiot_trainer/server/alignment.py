@@ -140,8 +140,8 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
             raise ValueError(f"`alignment_init` is 'closed_form', but {why}. Use 'auto' or 'zero'.")
         if not found:
             logger.warning(
-                f"The emulator LoRA starts without effect: {why}. `alignment_init='closed_form'` puts it on one, where there "
-                "is one; 'zero' is as in the paper."
+                f"The emulator LoRA starts without effect: {why}. `alignment_init='closed_form'` puts it on such linears as "
+                "well, if there are any; 'zero' asks for a start without effect, as in the paper."
             )
         return found
 
