@@ -231,7 +231,7 @@ def _flops(summary: RunSummary, folder: Path, rounds_of_a_client: float) -> dict
     settings, lengths = summary.settings, summary.tokens_per_example
     lora = {name: summary.peft_config[name] for name in ("r", "lora_alpha", "target_modules")}
     base = json.loads((folder / "client_lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    names = (*SETTINGS, "teacher", "alignment_init", "trust_remote_code")
+    names = (*SETTINGS, "teacher", "alignment_init", "alignment_init_tokens", "trust_remote_code")
     known = {name: settings[name] for name in names if settings.get(name) is not None}
 
     def costs(length):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_files, slow, sums
+from conftest import LORA, save_files, slow, sums
 from peft import LoraConfig
 
 from fedbiot_trainer import run_method
@@ -409,3 +409,24 @@ def test_flops_are_those_of_one_client(compare, make_args, tokenizer, tmp_path, 
         args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums", drift=False)
         flops.append(compare["read_cell"](cell, args)["client_flops"])
     assert flops[1] == pytest.approx(factor * flops[0])
+
+
+def test_the_text_of_a_computed_start_counts(compare, make_args, tokenizer, tmp_path):
+    save_files(tmp_path, tokenizer)
+    cell = compare["Cell"]("fedbiot", 0.5, 0)
+    run_method(
+        "fedbiot",
+        str(tmp_path / "base"),
+        make_args(output_dir=str(tmp_path / str(cell)), alignment_init="closed_form", alignment_init_tokens=20),
+        {"north": sums(0, 8)},
+        public_dataset=sums(40, 60),
+        eval_dataset=sums(50, 52),
+        peft_config=LORA,
+    )
+    args = compare["argparse"].Namespace(output_dir=tmp_path, task="sums", drift=False)
+    flops = compare["read_cell"](cell, args)["server_flops"]
+    file = tmp_path / str(cell) / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["settings"]["alignment_init_tokens"] = 100_000
+    file.write_text(json.dumps(summary))
+    assert flops < compare["read_cell"](cell, args)["server_flops"]
