@@ -138,11 +138,9 @@ class AlignmentSettings:
         alignment_batch_size (`int`, *optional*, defaults to `8`):
             Public examples per alignment step and device.
         alignment_init (`str`, *optional*, defaults to `"auto"`):
-            Where the emulator LoRA starts. `"closed_form"`: each kept layer takes over, by regression on the public text,
-            what the dropped ones behind it did; forward passes alone, before the first alignment step. The emulator LoRA
-            is on the linears for it, whatever else it is on. `"zero"`: without effect, as in the paper. `"auto"`:
-            `"closed_form"` where there is an initial alignment and the emulator LoRA is on these linears anyway, as
-            `"all-linear"` is in most architectures; otherwise `"zero"`.
+            Where the emulator LoRA starts. `"zero"`: without effect, as in the paper. `"closed_form"`: each kept layer
+            takes over, by regression on the public text, what the dropped ones behind it did; the LoRA is put on the
+            linears for it. `"auto"`: so where it is on these anyway and there is an initial alignment, otherwise `"zero"`.
         alignment_init_tokens (`int`, *optional*, defaults to `100000`):
             Tokens of public text that the regression is fitted on at most.
         teacher (`str`, *optional*):

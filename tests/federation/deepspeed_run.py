@@ -9,8 +9,7 @@ import sys
 from importlib import import_module
 
 
-import_module("deepspeed.comm.torch").build_shm_op = lambda: (
-    None
-)  # the name `deepspeed.comm.torch` is PyTorch's module
+# `deepspeed.comm.torch`, as an attribute, is PyTorch's module.
+import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
