@@ -110,15 +110,10 @@ class FedBiOTConfig(
 
     @property
     def computes_start(self) -> bool:
-        """Whether the emulator LoRA's start is computed, where it can be."""
+        """Whether the emulator LoRA's start is computed, where layers are dropped and it can be."""
         return self.alignment_init == "closed_form" or (
             self.alignment_init == "auto" and self.initial_alignment_steps > 0
         )
-
-    @property
-    def with_output_linears(self) -> bool:
-        """Whether the emulator LoRA is on the linears that this needs, whatever else it is on."""
-        return self.alignment_init == "closed_form"
 
     def client_arguments(self) -> "FedBiOTConfig":
         """A copy for one client's local steps: `max_steps` is `local_steps`."""

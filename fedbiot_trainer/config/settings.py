@@ -139,8 +139,8 @@ class AlignmentSettings:
             Public examples per alignment step and device.
         alignment_init (`str`, *optional*, defaults to `"auto"`):
             Where the emulator LoRA starts. `"zero"`: without effect, as in the paper. `"closed_form"`: each kept layer
-            takes over, by regression on the public text, what the dropped ones behind it did; the LoRA is put on the
-            linears for it. `"auto"`: so where it is on these anyway and there is an initial alignment, otherwise `"zero"`.
+            takes over, by regression on the public text, what the dropped ones behind it did; the LoRA is put on the linears
+            for it too, unless there is an `emulator_peft_config`. `"auto"`: so if there is an initial alignment and it can be.
         alignment_init_tokens (`int`, *optional*, defaults to `100000`):
             Tokens of public text that the regression is fitted on at most.
         teacher (`str`, *optional*):
@@ -191,7 +191,7 @@ class AlignmentSettings:
         default="auto",
         metadata={
             "help": "Compute the emulator LoRA's start by regression on the public text (closed_form), or let it start without "
-            "effect (zero). auto: computed where the LoRA is on the linears for it, as all-linear is.",
+            "effect (zero). auto: computed if there is an initial alignment and the architecture has linears for it.",
             "choices": list(ALIGNMENT_INITS),
         },
     )

@@ -87,7 +87,7 @@ def plan(
     with torch.device("meta"), _MetaRun(), mock.patch("torch.is_autocast_enabled", return_value=False):
         full = _build(model, args.init_kwargs())
         name, dtype = type(full).__name__, str(full.dtype).removeprefix("torch.")
-        models = SplitModel.from_config(full, args, peft_config, emulator_peft_config, args.with_output_linears)
+        models = SplitModel.from_config(full, args, peft_config, emulator_peft_config, args.computes_start)
         split, layers = models.split, tuple(range(models.split.num_layers))
         states = [get_lora_state(models.adap_emu, lora_name) for lora_name in (CLIENT, EMULATOR)]
         weights, package_weights = _num_bytes(full.parameters()), _num_bytes(models.package_model.parameters())

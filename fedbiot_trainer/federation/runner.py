@@ -65,7 +65,8 @@ class FederatedRunner:
         peft_config ([`~peft.LoraConfig`], *optional*):
             The client LoRA. Defaults to rank 8 on PEFT's target modules for the architecture.
         emulator_peft_config ([`~peft.LoraConfig`], *optional*):
-            The emulator LoRA. Defaults to `peft_config`, with rank `args.emulator_lora_r` if that is set.
+            The emulator LoRA. Defaults to `peft_config`, with rank `args.emulator_lora_r` if that is set, and on what
+            `args.alignment_init` needs as well.
         callbacks (`list[TrainerCallback]`, *optional*):
             Called like a trainer's, with a round in the place of a step: `state.global_step` is the round.
         remote_clients (callable, *optional*):

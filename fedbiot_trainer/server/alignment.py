@@ -50,7 +50,8 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
         peft_config ([`~peft.LoraConfig`], *optional*):
             The client LoRA. Not for a [`SplitModel`], which has one.
         emulator_peft_config ([`~peft.LoraConfig`], *optional*):
-            The emulator LoRA. Defaults to `peft_config`, with rank `args.emulator_lora_r` if that is set.
+            The emulator LoRA. Defaults to `peft_config`, with rank `args.emulator_lora_r` if that is set, and on what
+            `args.alignment_init` needs as well.
         total_steps (`int`, *optional*):
             Steps over which the learning-rate schedule runs, if there will be more of them than `train()` takes.
         **kwargs:
@@ -81,7 +82,7 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
                 given = "peft_config" if peft_config is not None else "emulator_peft_config"
                 raise ValueError(f"`{given}` was passed with a `SplitModel`, which has its LoRAs. Leave it out.")
         else:
-            model = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.with_output_linears)
+            model = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.computes_start)
         if not model.split.kept:
             raise ValueError(
                 f"`num_adapter_layers` is {args.num_adapter_layers}, which takes all layers, so there is no emulator to "
@@ -140,8 +141,7 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
             raise ValueError(f"`alignment_init` is 'closed_form', but {why}. Use 'auto' or 'zero'.")
         if not found:
             logger.warning(
-                f"The emulator LoRA starts without effect: {why}. `alignment_init='closed_form'` puts it on such linears as "
-                "well, if there are any; 'zero' asks for a start without effect, as in the paper."
+                f"The emulator LoRA starts without effect: {why}. `alignment_init='zero'` asks for this, as in the paper."
             )
         return found
 

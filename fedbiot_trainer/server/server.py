@@ -76,7 +76,7 @@ class FederatedServer:
         check_args(args)
         self.args = args
         self.processing_class = prepare_tokenizer(processing_class, args)
-        self.models = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.with_output_linears)
+        self.models = SplitModel.from_config(model, args, peft_config, emulator_peft_config, args.computes_start)
         self.models.align_tokens(self.processing_class, args)
         self.client_lora = get_lora_state(self.models.adap_emu, CLIENT)
         self.emulator_lora = get_lora_state(self.models.adap_emu, EMULATOR)

@@ -32,7 +32,7 @@ class SplitModel:
         peft_config, emulator_peft_config ([`~peft.LoraConfig`], *optional*): The two LoRAs, the second like the first by
             default.
         with_output_linears (`bool`, *optional*, defaults to `False`): Whether the emulator LoRA is also on the linears for
-            which [`start_in_closed_form`] can compute it.
+            which [`start_in_closed_form`] can compute it, if layers are dropped.
 
     Attributes:
         split ([`LayerSplit`]): Which layers are where.
@@ -63,7 +63,7 @@ class SplitModel:
         placed = {CLIENT: client.renamed(self.split.to_emulator)}
         configs = [placed[CLIENT].peft_config(self.package_model), None]
         if emulator is not None:
-            if with_output_linears:
+            if with_output_linears and self.split.dropped:
                 emulator = emulator.with_output_linears(model, self.split.kept)
             placed[EMULATOR] = emulator.renamed(self.split.to_emulator)
             # Alignment is a regression on fixed targets, and clients run the emulator LoRA frozen: no dropout in either.

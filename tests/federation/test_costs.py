@@ -199,7 +199,8 @@ def test_closed_form_of_the_start(args, make_alignment):
     "settings, targets, computed",
     [
         ({}, "all-linear", True),
-        ({}, ["up_proj"], False),
+        ({}, ["up_proj"], True),
+        ({"emulator_drop_ratio": 0.0}, "all-linear", False),
         ({"initial_alignment_steps": 0}, "all-linear", False),
         ({"alignment_init": "zero"}, "all-linear", False),
         ({"alignment_init": "closed_form", "initial_alignment_steps": 0}, ["up_proj"], True),

@@ -22,7 +22,7 @@ from fedbiot_trainer.server.closed_form import (
     start_in_closed_form,
 )
 from fedbiot_trainer.server.split_model import SplitModel
-from fedbiot_trainer.shared.lora_state import EMULATOR, get_lora_state
+from fedbiot_trainer.shared.lora_state import CLIENT, EMULATOR, get_lora_state
 from fedbiot_trainer.shared.losses import hidden_state_loss
 
 
@@ -303,40 +303,59 @@ def test_where_it_cannot_be_computed(make_alignment):
         make_alignment(model=gemma, alignment_init="closed_form")
 
 
-def test_auto_computes_it_where_the_lora_is_on_the_linears_anyway(make_alignment):
+Q_AND_V = {"q_proj", "v_proj"}
+
+
+def aligned(args, tokenizer, name="llama", **loras):
+    model = tiny_model(name, **ARCHITECTURES[name])
+    return EmulatorAlignmentTrainer(model, args, sums(40, 60), processing_class=tokenizer, **loras)
+
+
+def emulator_lora(trainer):
+    return set(trainer.model.peft_config[EMULATOR].target_modules)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_auto_computes_it_where_it_can_be(targets, make_args, tokenizer):
     assert FedBiOTConfig.alignment_init == "auto"
     reports, states = [], []
     for init in ("auto", "closed_form"):
         torch.manual_seed(0)
-        trainer = make_alignment(alignment_init=init)
+        lora = LoraConfig(r=4, target_modules=targets)
+        trainer = aligned(make_args(alignment_init=init), tokenizer, peft_config=lora)
         reports.append(trainer.initialize())
         states.append(get_lora_state(trainer.model, EMULATOR))
+        if targets is None:
+            assert emulator_lora(trainer) == {*Q_AND_V, "down_proj"}
+            assert set(trainer.model.peft_config[CLIENT].target_modules) == Q_AND_V
     assert reports[0] == reports[1] != {}
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], tensor) for key, tensor in states[1].items())
 
 
 @pytest.mark.parametrize(
-    "name, targets",
-    [("llama", ["q_proj", "v_proj"]), ("gemma2", "all-linear")],
-    ids=["other linears", "no such linear"],
+    "name, loras",
+    [
+        ("llama", {"emulator_peft_config": LoraConfig(r=4, target_modules=sorted(Q_AND_V))}),
+        ("gemma2", {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
+    ],
+    ids=["a LoRA of its own on other linears", "no such linear"],
 )
-def test_auto_is_zero_and_says_so_where_it_is_on_none(name, targets, make_args, tokenizer, caplog, monkeypatch):
+def test_auto_is_zero_and_says_so_where_it_cannot_be(name, loras, make_args, tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    model, args = tiny_model(name, **ARCHITECTURES[name]), make_args(alignment_init="auto", log_level="warning")
-    lora = LoraConfig(r=4, target_modules=targets)
-    trainer = EmulatorAlignmentTrainer(model, args, sums(40, 60), peft_config=lora, processing_class=tokenizer)
+    trainer = aligned(make_args(alignment_init="auto", log_level="warning"), tokenizer, name, **loras)
     assert trainer.initialize() == {} and is_zero(trainer)
-    assert f"starts without effect: in {type(model).__name__} no linear" in caplog.text
+    assert "starts without effect: in " in caplog.text
     if name == "llama":
-        assert set(trainer.model.peft_config[EMULATOR].target_modules) == set(targets)
+        assert emulator_lora(trainer) == Q_AND_V
 
 
 @pytest.mark.parametrize("settings", [{"initial_alignment_steps": 0}, {"emulator_drop_ratio": 0.0}], ids=str)
-def test_auto_is_zero_where_there_is_nothing_to_start(make_alignment, settings, caplog, monkeypatch):
+def test_auto_is_zero_where_there_is_nothing_to_start(make_args, tokenizer, settings, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    trainer = make_alignment(alignment_init="auto", log_level="warning", **settings)
+    trainer = aligned(make_args(alignment_init="auto", log_level="warning", **settings), tokenizer)
     assert trainer.initialize() == {} and is_zero(trainer)
+    assert emulator_lora(trainer) == Q_AND_V
     assert "without effect" not in caplog.text
 
 
