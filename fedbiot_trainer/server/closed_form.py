@@ -17,6 +17,7 @@ from accelerate.utils import broadcast
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.functional import pad
 
 from ..shared.lora_state import EMULATOR
 from ..shared.losses import hidden_state_loss
@@ -57,8 +58,9 @@ class Regression:
 
     def add(self, x: torch.Tensor, y: torch.Tensor):
         """Add tokens: inputs `(num_tokens, in_features)` and targets `(num_tokens, out_features)`."""
-        self.gram += (x.T @ x).to(self.gram.device)
-        self.products += (x.T @ y).to(self.products.device)
+        with torch.autocast(x.device.type, enabled=False):  # else a sum over all tokens in half precision
+            self.gram += (x.T @ x).to(self.gram.device)
+            self.products += (x.T @ y).to(self.products.device)
 
     def solve(self, rank: int, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -75,7 +77,8 @@ class Regression:
         b = directions[:, -rank:]
         a = b.T @ weights
         balance = (a.norm() / b.norm()).sqrt() or 1.0
-        return a / balance, b * balance
+        unused = max(0, rank - b.shape[1])  # a rank above the number of outputs
+        return pad(a / balance, (0, 0, 0, unused)), pad(b * balance, (0, unused))
 
 
 @torch.no_grad()

@@ -396,3 +396,18 @@ def test_a_run_without_alignment_steps(make_runner):
     assert summary.initial_alignment["closed_form_tokens"] > 0
     assert summary.initial_alignment["closed_form_seconds"] > 0
     assert any(tensor.any() for key, tensor in runner.server.emulator_lora.items() if "lora_B" in key)
+
+
+def test_the_sums_are_not_in_half_precision():
+    x = torch.full((4096, 4), 300.0)
+    regression = Regression(4, 4, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        regression.add(x, x + 1)
+    torch.testing.assert_close(regression.gram, torch.full_like(regression.gram, 4096 * 300.0**2), rtol=2e-4, atol=0)
+
+
+def test_a_rank_above_the_number_of_outputs():
+    models = split(tiny_model(), lora=LoraConfig(r=40, lora_alpha=40, target_modules="all-linear"))
+    before = distance(models, texts())
+    start(models, texts())
+    assert distance(models, texts()) < 0.8 * before
