@@ -109,7 +109,7 @@ class FederationSettings:
 
     def num_sampled(self, num_clients: int) -> int:
         """Clients in a round, of `num_clients`."""
-        share = math.floor(self.fraction_train * num_clients + 0.5)
+        share = math.floor(self.fraction_train * num_clients + 0.5 + 1e-9)  # 0.29 * 50 is a little less than 14.5
         return min(num_clients, max(self.min_train_clients, share))
 
 

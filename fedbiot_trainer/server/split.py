@@ -109,7 +109,8 @@ def kept_layer_indices(num_emulator_layers: int, drop_ratio: float) -> tuple[int
     Returns:
         `tuple[int, ...]`: Distinct, increasing indices. A single kept layer is layer 0.
     """
-    num_kept = max(1, math.floor((1 - drop_ratio) * num_emulator_layers + 0.5))
+    # 1 - 0.9 is a little less than 0.1.
+    num_kept = max(1, math.floor((1 - drop_ratio) * num_emulator_layers + 0.5 + 1e-9))
     if num_kept == 1:
         return (0,)
     return tuple(math.floor(j * (num_emulator_layers - 1) / (num_kept - 1) + 0.5) for j in range(num_kept))

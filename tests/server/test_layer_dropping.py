@@ -17,7 +17,7 @@ def test_kept_layers_over_all_sizes():
     for num_layers in range(1, 121):
         for percent in range(100):
             kept = kept_layer_indices(num_layers, percent / 100)
-            assert len(kept) == max(1, int((1 - percent / 100) * num_layers + 0.5))
+            assert len(kept) == max(1, ((100 - percent) * num_layers + 50) // 100)
             assert list(kept) == sorted(set(kept))
             assert kept[0] == 0
             assert kept[-1] == num_layers - 1 or len(kept) == 1
@@ -170,3 +170,8 @@ def test_package_of_another_schema_is_refused(tmp_path):
     (tmp_path / "fedbiot.json").write_text('{"schema_version": 99, "num_adapter_layers": 2}')
     with pytest.raises(ValueError, match="has schema version 99, this library reads 1"):
         EmulatorPackage.load(tmp_path)
+
+
+@pytest.mark.parametrize("num_layers, ratio, kept", [(15, 0.9, 2), (45, 0.3, 32), (30, 0.55, 14)])
+def test_halves_are_rounded_up_whatever_floats_make_of_them(num_layers, ratio, kept):
+    assert len(kept_layer_indices(num_layers, ratio)) == kept
