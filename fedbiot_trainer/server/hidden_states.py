@@ -1,14 +1,16 @@
 """The h_T store: what the full emulator makes of the public text, computed once and kept on disk."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import xxhash
@@ -25,6 +27,7 @@ from ..shared.processes import deal, gathered
 SCHEMA_VERSION = 1
 SHARD_BYTES = 256 * 2**20  # of float32: what is held in memory at once while the store is written
 GB = 10**9
+LOCK = ".lock"
 
 
 class HiddenStateStore:
@@ -53,6 +56,7 @@ class HiddenStateStore:
             tokens += length
         self.shards.append(range(start, len(self.lengths)))
         self._slices: dict[int, Any] = {}
+        self._in_use: IO | None = None
 
     @property
     def folder(self) -> Path:
@@ -87,6 +91,9 @@ class HiddenStateStore:
     def missing(self, num_texts: int) -> list[int]:
         """Open the shards of the first `num_texts` texts, delete those that are damaged, and list what to write."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._in_use is None:
+            self._in_use = (self.folder / LOCK).open("a")
+            fcntl.flock(self._in_use, fcntl.LOCK_SH)
         os.utime(self.folder)  # the store used last is the last to be deleted
         return [shard for shard in self._shards_of(num_texts) if not (shard in self._slices or self._open(shard))]
 
@@ -125,23 +132,22 @@ class HiddenStateStore:
 
     def make_room(self, num_texts: int, max_bytes: float):
         """
-        Delete the stores beside this one that were used least recently, until all have at most `max_bytes` together
-        with what this one will have once the first `num_texts` texts are in it.
+        Delete the stores beside this one that no run uses, the least recently used first, until all have at most `max_bytes`
+        together with what this one will have once the first `num_texts` texts are in it.
 
         Raises:
             OSError: If the disk is too full for this one.
         """
-        others = [path for path in self.folder.parent.glob("*/store.json") if path.parent != self.folder]
-        others.sort(key=lambda path: path.parent.stat().st_mtime)
-        sizes = [sum(file.stat().st_size for file in path.parent.iterdir()) for path in others]
+        others = [path.parent for path in self.folder.parent.glob("*/store.json") if path.parent != self.folder]
+        others.sort(key=_last_used)
+        sizes = list(map(_num_bytes, others))
         missing = sum(map(self._shard_bytes, self.missing(num_texts)))
-        own = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-        excess = sum(sizes) + own + missing - max_bytes
-        for path, size in zip(others, sizes, strict=True):
+        excess = sum(sizes) + _num_bytes(self.folder) + missing - max_bytes
+        for folder, size in zip(others, sizes, strict=True):
             if excess <= 0:
                 break
-            shutil.rmtree(path.parent)
-            excess -= size
+            if _delete_unused(folder):
+                excess -= size
         free = shutil.disk_usage(self.folder).free
         if free < missing:
             raise OSError(
@@ -215,14 +221,35 @@ def store_folder(cache_dir: str | None, **content) -> Path:
     return folder
 
 
+def _last_used(folder: Path) -> float:
+    with suppress(FileNotFoundError):  # other runs delete too
+        return folder.stat().st_mtime
+    return 0.0
+
+
+def _num_bytes(folder: Path) -> int:
+    """Size of a store's files, also while another run writes and deletes some."""
+    size = 0
+    for file in folder.glob("*.safetensors"):
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
+
+
+def _delete_unused(folder: Path) -> bool:
+    """Delete a store, unless a run has it in use."""
+    with suppress(FileNotFoundError), (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
 def model_digest(model: nn.Module) -> str:
     """A digest of all that a model computes with, LoRAs apart: parameters, and buffers as well."""
-    tensors = (
-        (name.replace(".base_layer", ""), tensor)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if "lora_" not in name
-    )
-    return tensors_digest(tensors)
+    return tensors_digest(_without_loras((*model.named_parameters(), *model.named_buffers())))
 
 
 def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -246,13 +273,24 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from _parts(getattr(tensor, name))
 
 
-def texts_digest(dataset: Dataset) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """A digest of a model's parameters, LoRAs apart: the same on every device."""
+    return tensors_digest(_without_loras(model.named_parameters()))
+
+
+def _without_loras(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of the base model, by their names there."""
+    return ((name.replace(".base_layer", ""), tensor) for name, tensor in tensors if "lora_" not in name)
+
+
+def texts_digest(dataset: Dataset, columns: tuple[str, ...] = ("input_ids",)) -> str:
     """A digest of the token ids of tokenized texts. They stand for the text, the tokenizer and the truncation."""
     digest = xxhash.xxh3_128()
-    for batch in dataset.with_format("numpy").select_columns("input_ids").iter(1000):
-        for ids in batch["input_ids"]:
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(ids.astype("int64").tobytes())
+    for column in columns:
+        for batch in dataset.with_format("numpy").select_columns(column).iter(1000):
+            for ids in batch[column]:
+                digest.update(len(ids).to_bytes(8, "little"))
+                digest.update(ids.astype("int64").tobytes())
     return digest.hexdigest()
 
 

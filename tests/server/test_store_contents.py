@@ -94,3 +94,27 @@ def test_disk_is_asked_for_what_will_be_written(store, monkeypatch):
     store.write(0, torch.zeros(20, 8))
     free[0] = shard
     store.make_room(3, 1e12)
+
+
+def other_store(store, content):
+    folder = store_folder(str(store.folder.parent), content=content)
+    other = HiddenStateStore(folder, store.lengths, 8, torch.bfloat16)
+    other.write(0, torch.zeros(20, 8))
+    return other
+
+
+def test_a_store_that_a_run_uses_is_not_deleted(store):
+    used, left = other_store(store, 2), other_store(store, 3)
+    used.missing(2)
+    store.make_room(2, 0)
+    assert used.folder.exists() and not left.folder.exists()
+    del used  # that run has ended
+    store.make_room(2, 0)
+    assert [folder.name for folder in store.folder.parent.iterdir()] == [store.folder.name]
+
+
+def test_other_runs_write_and_delete_meanwhile(store, monkeypatch):
+    other = other_store(store, 2)
+    (other.folder / "00001-gone.safetensors").symlink_to("nowhere")  # listed, and deleted before it was looked at
+    store.make_room(2, 1e9)
+    assert other.folder.exists()
