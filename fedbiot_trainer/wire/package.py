@@ -142,7 +142,13 @@ class EmulatorPackage:
         )
 
     def peft_model(self) -> PeftModel:
-        """The model with both LoRAs on it, loaded and active. `self.model` is changed in place, as PEFT does."""
+        """
+        The model with both LoRAs on it, loaded and active. `self.model` is changed in place, as PEFT does, so once.
+
+        Raises:
+            ValueError: If it was called before.
+        """
+        self._check_without_loras("another model of it")
         model = add_loras(self.model, self.client_config, self.emulator_config)
         set_lora_state(model, CLIENT, self.client_lora)
         set_lora_state(model, EMULATOR, self.emulator_lora)
@@ -155,10 +161,7 @@ class EmulatorPackage:
         Raises:
             ValueError: If the model is quantized or sharded, or [`peft_model`] was called before.
         """
-        if hasattr(self.model, "peft_config"):
-            raise ValueError(
-                "`peft_model()` has put the LoRAs on this package's model already. Load the package anew to merge them."
-            )
+        self._check_without_loras("what is merged")
         if any(map(is_sharded, self.model.parameters())):
             raise ValueError(
                 "The package's model is sharded, so no process has whole weights to merge into. Save the package, and "
@@ -167,3 +170,10 @@ class EmulatorPackage:
         refuse_merging_quantized(self.model)
         package = replace(self, model=copy.deepcopy(self.model))
         return package.peft_model().merge_and_unload(safe_merge=True)
+
+    def _check_without_loras(self, purpose: str):
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "`peft_model()`, or a trainer, has put the LoRAs on this package's model already. Load the package anew for "
+                f"{purpose}."
+            )
