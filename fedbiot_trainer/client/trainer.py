@@ -1,6 +1,7 @@
 """The trainer of a client: TRL's supervised fine-tuning of the client LoRA, held near its starting point."""
 
 import itertools
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,9 +127,11 @@ class ClientSFTTrainer(RoundTrainer):
         are the emulator's, not the full model's.
         """
         folder, config = output_dir or self.args.output_dir, self.model.peft_config[CLIENT]
-        save_lora(folder, config, get_lora_state(self.model, CLIENT), base_model=None)
-        if self.is_world_process_zero():
-            layers = ", ".join(map(str, config.layers_to_transform))
+        client_lora = get_lora_state(self.model, CLIENT)
+        if self.args.should_save:
+            save_lora(folder, config, client_lora, base_model=None)
+            numbers = {int(number) for key in client_lora for number in re.findall(r"\.(\d+)\.", key)[:1]}
+            layers = ", ".join(map(str, sorted(numbers)))
             number = self.model.config.get_text_config().num_hidden_layers
             Path(folder, "README.md").write_text(README.format(layers=layers, number=number))
 

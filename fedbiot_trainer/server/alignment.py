@@ -182,6 +182,8 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
 
     def train(self, *args, **kwargs):
         self.prepare_teacher()
+        if self.args.teacher == "online":  # the cached one has the emulator's
+            self.models.plug_in(get_lora_state(self.models.adap_emu, CLIENT))
         resumes = args[0] if args else kwargs.get("resume_from_checkpoint")
         if not resumes:
             self.initialize()
@@ -204,13 +206,11 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
             teacher = self.teacher(inputs)
         # The KL divergence makes the logits that it needs, where it needs them.
         student, outputs = self.run_student(model, inputs, split.layers_name, split.top_position)
-        num_tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         with self._logits() as logits:
             l2, kl = distances(student, teacher, mask, logits)
-        loss = self.mean("alignment_l2", l2, num_tokens)
+        loss = self.mean("alignment_l2", l2, mask, num_items_in_batch)
         if kl is not None:
-            loss = loss + self.args.alignment_kl_weight * self.mean("alignment_kl", kl, num_tokens)
-        loss = self.whole_loss(loss, num_items_in_batch)
+            loss = loss + self.args.alignment_kl_weight * self.mean("alignment_kl", kl, mask, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _logits(self):
@@ -226,3 +226,7 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _, state = load_lora(Path(resume_from_checkpoint) / "emulator_lora")
         set_lora_state(self.model, EMULATOR, state)
+
+    def _load_best_model(self):
+        if self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)

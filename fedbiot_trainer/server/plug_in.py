@@ -77,7 +77,6 @@ class PlugInTrainer(PublicTextTrainer):
         mask, split = inputs["attention_mask"], self.models.split
         teacher = self._teacher(text_of(inputs))
         student, outputs = self.run_student(model, inputs, split.layers_name, split.top_index)
-        num_tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         with self.head.whole() as logits:
 
             def proxy(states: torch.Tensor) -> torch.Tensor:
@@ -85,7 +84,7 @@ class PlugInTrainer(PublicTextTrainer):
                 return logits(full).add_(logits(after)).sub_(logits(before))
 
             kl = masked_kl(student.last, teacher, mask, logits, teacher_logits=proxy)
-        loss = self.whole_loss(self.mean("plug_in_kl", kl, num_tokens), num_items_in_batch)
+        loss = self.mean("plug_in_kl", kl, mask, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()

@@ -49,22 +49,25 @@ class PublicTextTrainer(RoundTrainer):
             outputs = model(**text, use_cache=False, logits_to_keep=no_logits)
         return seen, outputs
 
-    def mean(self, name: str, total: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+    def mean(
+        self, name: str, total: torch.Tensor, mask: torch.Tensor, num_items_in_batch: torch.Tensor | None
+    ) -> torch.Tensor:
         """
-        The mean over tokens, kept as a metric of this step.
+        The mean over tokens, kept as a metric of this step. In a training, `num_items_in_batch` counts the tokens of all
+        processes, and DDP averages the gradients: each process has its part, times their number.
 
         Args:
             name (`str`): Of the metric.
             total (`torch.Tensor`): Sum over the tokens of this process.
-            num_tokens (`torch.Tensor`): How many there are in all processes.
+            mask (`torch.Tensor`): Which they are.
+            num_items_in_batch (`torch.Tensor`, *optional*): How many there are in all processes. `None` in an evaluation.
         """
-        value = total / num_tokens
-        self.record(name, value.detach() * self.accelerator.num_processes)
+        if num_items_in_batch is None:
+            value = total / mask.sum()
+        else:
+            value = total / num_items_in_batch * self.accelerator.num_processes
+        self.record(name, value.detach())
         return value
-
-    def whole_loss(self, loss: torch.Tensor, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
-        """`num_items_in_batch` counts the tokens of all processes, and DDP averages the gradients."""
-        return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
     def _get_num_items_in_batch(self, batch_samples, device):
         num_tokens = sum(batch["attention_mask"].sum() for batch in batch_samples).to(device)

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..config import FedBiOTConfig
 from ..config.kinds import check_model_name
@@ -56,3 +57,26 @@ def model_or_name(model: Any, *kinds: type, names: str = "a name on the Hub, a f
 
 def _described(value: Any) -> str:
     return f"the class `{value.__name__}`" if isinstance(value, type) else type(value).__name__
+
+
+def prepare_for_best_model(args: FedBiOTConfig):
+    """
+    Do for a trainer that works alone what `TrainingArguments` does for `load_best_model_at_end`. A federated run needs no
+    checkpoints for it.
+
+    Raises:
+        ValueError: If not every evaluation has a checkpoint.
+    """
+    if not args.load_best_model_at_end:
+        return
+    evaluations, checkpoints = IntervalStrategy(args.eval_strategy).value, SaveStrategy(args.save_strategy).value
+    apart = evaluations == "steps" == checkpoints and args.save_steps % args.eval_steps != 0
+    if evaluations == "no" or checkpoints not in (evaluations, "best") or apart:
+        raise ValueError(
+            f"`load_best_model_at_end` is True, but evaluations (`eval_strategy` '{evaluations}', `eval_steps` "
+            f"{args.eval_steps}) and checkpoints (`save_strategy` '{checkpoints}', `save_steps` {args.save_steps}) "
+            "do not come together, so the best would not be there to load. Set both alike."
+        )
+    args.metric_for_best_model = args.metric_for_best_model or "loss"
+    if args.greater_is_better is None:
+        args.greater_is_better = not args.metric_for_best_model.endswith("loss")

@@ -18,7 +18,7 @@ from transformers.utils import is_liger_kernel_available, logging
 from trl import SFTTrainer
 
 from ..config import FedBiOTConfig
-from .arguments import check_callbacks
+from .arguments import check_callbacks, prepare_for_best_model
 from .compat import ignore_in_ddp, set_rates, worker_settings
 from .lora_state import CLIENT, set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, local_part, prepare_fsdp, renew_trainable, whole_shape
@@ -84,6 +84,7 @@ class RoundTrainer(SFTTrainer):
         # That is done: TRL would resize the embedding for a chat template of other tokenizers.
         args = copy.copy(args)
         args.eos_token = args.chat_template_path = None
+        prepare_for_best_model(args)
         # TRL would cast a LoRA that is trainable by now to bfloat16, if the model is quantized.
         model.requires_grad_(False)
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
@@ -93,6 +94,8 @@ class RoundTrainer(SFTTrainer):
         self.total_steps = total_steps
         self.schedule_start: int | None = None
         self.step_metrics: dict[str, list[float]] = defaultdict(list)
+        scaler = self.accelerator.scaler
+        self._first_scale = None if scaler is None else scaler.state_dict()
         self._check_vocabulary()
         self._check_positions(self.train_dataset, self.text_name)
         check_gradient(self.model)
@@ -162,6 +165,7 @@ class RoundTrainer(SFTTrainer):
             prepared = prepared.select(np.flatnonzero(tokens))
         if packing:
             prepared = self._prepare(prepared, self.args, True, name)
+            prepared = prepared.select(np.flatnonzero(trained_tokens(prepared)))  # some are a long prompt's middle
         self._check_positions(prepared, name)
         return prepared, num_examples
 
@@ -308,6 +312,8 @@ class RoundTrainer(SFTTrainer):
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.step_metrics.clear()
+        if self._first_scale is not None:  # fp16's loss scale is of the last training, maybe another trainer's
+            self.accelerator.scaler.load_state_dict(self._first_scale)
         renew_trainable(self.model)
         self._prepare_processes()
         # Accelerate wraps `forward` for mixed precision, and Transformers wraps `generate` for FSDP2. Both go with the

@@ -15,7 +15,7 @@ from conftest import (
     tiny_model,
 )
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -23,10 +23,12 @@ from trl import SFTConfig, SFTTrainer
 from fedbiot_trainer import (
     ClientSFTTrainer,
     EmulatorAlignmentTrainer,
+    EmulatorPackage,
     FedBiOTConfig,
     FederatedClient,
     FederatedServer,
 )
+from fedbiot_trainer.server.split_model import SplitModel
 from fedbiot_trainer.shared.compat import FUSED_HEAD
 from fedbiot_trainer.shared.lora_state import get_lora_state, lora_factors, set_lora_state, set_trainable_lora
 from fedbiot_trainer.wire.messages import LocalWork, RoundStart
@@ -276,3 +278,39 @@ def test_client_keeps_no_activations_of_the_emulator(make_args, tokenizer):
     assert set(kept) == {4, 7, 12}
     assert len(set(kept.values())) == 1
     assert kept[4] > 0
+
+
+def test_two_trainers_on_one_package(package, make_args, tokenizer):
+    """The second would take the first one's LoRA."""
+    loaded = EmulatorPackage.load(package)
+    trainer = ClientSFTTrainer(loaded, make_args(), sums(0, 8), processing_class=tokenizer)
+    trainer.train()
+    trained = get_lora_state(trainer.model, "client")
+    with pytest.raises(ValueError, match="has put the LoRAs on this package's model already"):
+        ClientSFTTrainer(loaded, make_args(), sums(8, 16), processing_class=tokenizer)
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in get_lora_state(trainer.model, "client").items())
+
+
+def test_a_lora_on_modules_by_their_full_names(make_args, tokenizer, tmp_path):
+    names = ["model.layers.6.mlp.up_proj", "model.layers.7.self_attn.q_proj"]
+    models = SplitModel(tiny_model(), 2, 0.5, LoraConfig(r=2, target_modules=names), LORA)
+    trainer = ClientSFTTrainer(models.adap_emu, make_args(), sums(0, 8), processing_class=tokenizer)
+    trainer.save_model(tmp_path / "mine")
+    assert "3, 4" in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_the_main_process_writes(package, make_args, tokenizer, tmp_path, monkeypatch):
+    trainer = ClientSFTTrainer(package, make_args(), sums(0, 8), processing_class=tokenizer)
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer.save_model(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_the_loss_scale_is_not_another_training_s(package, make_args, tokenizer):
+    trainer = ClientSFTTrainer(package, make_args(), sums(0, 8), processing_class=tokenizer)
+    scaler = torch.amp.GradScaler("cpu")
+    trainer.accelerator.scaler, trainer._first_scale = scaler, scaler.state_dict()
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 8.0})
+    trainer.train()
+    assert scaler.get_scale() == 65536
+    trainer.accelerator.scaler = None

@@ -90,3 +90,10 @@ def test_text_column_beside_a_completion_does_not_take_its_end_token(make_client
     client = make_client(dataset)
     assert all(labels[-1] == tokenizer.eos_token_id for labels in client.train_dataset["labels"])
     assert torch.equal(*(torch.tensor(c.train_dataset["input_ids"][0]) for c in (client, make_client(sums(0, 1)))))
+
+
+def test_pieces_without_a_label_are_left_out(make_client):
+    """Of a text that is cut, a piece may be all prompt."""
+    long = Dataset.from_dict({"prompt": ["1" * 60] * 4, "completion": ["2" * 4] * 4})
+    client = make_client(long, packing=True, packing_strategy="wrapped", max_length=16)
+    assert all(any(label != -100 for label in row[1:]) for row in client.train_dataset["labels"])

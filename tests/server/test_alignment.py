@@ -26,7 +26,7 @@ from fedbiot_trainer import (
 from fedbiot_trainer.server import alignment
 from fedbiot_trainer.server.capture import run_full_model
 from fedbiot_trainer.shared.lora_layers import folded_loras
-from fedbiot_trainer.shared.lora_state import get_lora_state
+from fedbiot_trainer.shared.lora_state import CLIENT, get_lora_state, set_lora_state
 from fedbiot_trainer.shared.losses import hidden_state_loss
 
 
@@ -181,3 +181,54 @@ def test_config_defaults_work_for_both_trainers(tmp_path, model, tokenizer):
     args = FedBiOTConfig(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     trainer = EmulatorAlignmentTrainer(model, args, sums(0, 4), processing_class=tokenizer)
     assert (trainer.args.max_steps, trainer.total_steps) == (500, 500)
+
+
+def test_the_best_of_its_evaluations(make_args, tokenizer):
+    """It is loaded, as a trainer's is: here the loss rises."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = make_args(load_best_model_at_end=True, alignment_learning_rate=1.0, initial_alignment_steps=4, **settings)
+    trainer = EmulatorAlignmentTrainer(
+        tiny_model(), args, sums(40, 60), LORA, eval_dataset=sums(60, 64), processing_class=tokenizer
+    )
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    assert min(losses) == trainer.state.best_metric < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"eval_strategy": "steps"},
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3},
+    ],
+    ids=str,
+)
+def test_a_best_model_that_is_not_saved(make_alignment, settings):
+    with pytest.raises(ValueError, match="`load_best_model_at_end` is True, but evaluations .* do not come together"):
+        make_alignment(load_best_model_at_end=True, **settings)
+
+
+def test_metrics_of_an_evaluation_are_a_process_s_own(make_alignment, monkeypatch):
+    trainer = make_alignment()
+    trainer.model.eval()
+    before = trainer.evaluate(trainer.train_dataset)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    mask = torch.ones(2, 3)
+    assert trainer.mean("alignment_l2", torch.tensor(12.0), mask, None) == 2.0
+    assert trainer.mean("alignment_l2", torch.tensor(12.0), mask, torch.tensor(12)) == 2.0  # of 12 in both
+    assert before["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("teacher", ["cached", "online"])
+def test_alone_the_teacher_has_the_client_lora_of_now(make_alignment, teacher):
+    trainer = make_alignment(teacher=teacher, alignment_learning_rate=1e-12)
+    set_lora_state(trainer.model, CLIENT, random_lora(get_lora_state(trainer.model, CLIENT), size=0.3))
+    trainer.train()
+    online = make_alignment(teacher="online", alignment_learning_rate=1e-12)
+    state = get_lora_state(trainer.model, CLIENT)
+    set_lora_state(online.model, CLIENT, state)
+    online.models.plug_in(state)
+    online.train()
+    assert trainer.step_metrics["alignment_kl"] == pytest.approx(online.step_metrics["alignment_kl"], rel=1e-4)
