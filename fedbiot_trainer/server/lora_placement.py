@@ -37,8 +37,19 @@ EVERY = ".*"
 
 
 def with_rank(config: LoraConfig | None, r: int) -> LoraConfig:
-    """A copy of `config` with another rank and the same `lora_alpha / r`."""
+    """
+    A copy of `config` with another rank and the same `lora_alpha / r`.
+
+    Raises:
+        ValueError: If it has ranks or alphas of single modules.
+    """
     config = copy.deepcopy(config or LoraConfig(**DEFAULT_LORA))
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            raise ValueError(
+                f"`emulator_lora_r` is {r}, but `{name}` gives single modules their own. Leave it out, and pass the emulator LoRA "
+                "as `emulator_peft_config`."
+            )
     config.lora_alpha, config.r = config.lora_alpha * r / config.r, r
     return config
 

@@ -256,7 +256,12 @@ class FederatedServer:
 
 
 def check_client_ranks(ranks: Mapping[str, int], config: LoraConfig):
-    """Raise `ValueError` if a client's rank is larger than that of the LoRA which it is a part of."""
+    """Raise `ValueError` if a client's rank is no part of the LoRA's."""
+    if ranks and config.init_lora_weights == "orthogonal":
+        raise ValueError(
+            "`client_ranks` is set, but `init_lora_weights` is 'orthogonal' in `peft_config`: the whole LoRA starts as a zero "
+            "update then, its first ranks do not. Use True or 'gaussian'."
+        )
     for name, rank in ranks.items():
         if rank > config.r:
             raise ValueError(
@@ -271,5 +276,6 @@ def check_public_dataset(public_dataset: Dataset | None, settings: AlignmentSett
         raise ValueError(
             f"`public_dataset` is {'None' if public_dataset is None else 'empty'}, but the emulator is aligned on public "
             f"text (`initial_alignment_steps` is {settings.initial_alignment_steps}, `alignment_steps` is "
-            f"{settings.alignment_steps}). Pass public text, or set both to 0."
+            f"{settings.alignment_steps}, `alignment_init` is '{settings.alignment_init}'). Pass public text, or set both to 0 and "
+            "the last one to 'zero'."
         )

@@ -56,9 +56,7 @@ class SplitModel:
         refuse_unsavable(model)
         self.split = choose_split(model, num_adapter_layers, emulator_drop_ratio, num_adapter_layers_bottom)
         peft_config = peft_config or LoraConfig(**DEFAULT_LORA)
-        client, emulator = place_loras(
-            model, self.split, peft_config or LoraConfig(**DEFAULT_LORA), emulator_peft_config
-        )
+        client, emulator = place_loras(model, self.split, peft_config, emulator_peft_config)
         self.package_model = drop_layers(model, self.split)
         placed = {CLIENT: client.renamed(self.split.to_emulator)}
         configs = [placed[CLIENT].peft_config(self.package_model), None]

@@ -140,3 +140,9 @@ def test_other_peft_methods_are_refused(model):
 
     with pytest.raises(TypeError, match="`peft_config` must be a `peft.LoraConfig`, got PrefixTuningConfig"):
         SplitModel(model, 2, 0.5, PrefixTuningConfig())
+
+
+def test_a_rank_for_the_emulator_and_ranks_of_single_modules(model, make_args):
+    lora = LoraConfig(r=4, target_modules="all-linear", rank_pattern={"down_proj": 2})
+    with pytest.raises(ValueError, match="`emulator_lora_r` is 6, but `rank_pattern` gives single modules their own"):
+        SplitModel.from_config(model, make_args(emulator_lora_r=6), lora)
