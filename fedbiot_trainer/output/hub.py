@@ -14,22 +14,33 @@ def push_folder(
 
     Args:
         folder (`Path`): What to upload.
-        args (`TrainingArguments`): Its `hub_model_id`, `hub_private_repo` and `hub_token` stand in for what is `None`.
-            To the branch `hub_revision`, which is made if it is not there.
-        repo_id (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*): As on the Hub.
+        args, repo_id, private, token: As for [`make_repository`].
 
     Returns:
         `str`: Address of the commit.
-
-    Raises:
-        ValueError: If no repository is named.
     """
-    repo_id = repo_id or args.hub_model_id
-    if repo_id is None:
-        raise ValueError("`repo_id` is None and `hub_model_id` is not set, so there is nowhere to push to.")
+    api, repo_id = make_repository(args, repo_id, private, token)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=args.hub_revision))
+
+
+def make_repository(
+    args: TrainingArguments, repo_id: str | None = None, private: bool | None = None, token: str | None = None
+) -> tuple[HfApi, str]:
+    """
+    Make a model repository, if it is not there. A run that will push does it first, to fail now where it cannot.
+
+    Args:
+        args (`TrainingArguments`): Its `hub_model_id`, or else the name of its `output_dir`, `hub_private_repo` and
+            `hub_token` stand in for what is `None`. Its branch `hub_revision` is made as well.
+        repo_id (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*): As on the Hub.
+
+    Returns:
+        `tuple[HfApi, str]`: What to upload with, and the repository's full name.
+    """
     api = HfApi(token=token or args.hub_token)
     private = args.hub_private_repo if private is None else private
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    name = repo_id or args.hub_model_id or Path(args.output_dir or "").absolute().name
+    repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
     if args.hub_revision is not None:
         api.create_branch(repo_id, branch=args.hub_revision, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=args.hub_revision))
+    return api, repo_id
