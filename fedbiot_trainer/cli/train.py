@@ -33,6 +33,7 @@ from ..data.sources import hold_out, keep_values, read_dataset, to_examples
 from ..federation.costs import plan
 from ..federation.interruption import RunInterrupted, end_with_launcher
 from ..federation.methods import run_method
+from ..output.run_folder import RunFolder
 from ..server.server import check_public_dataset
 from ..shared.texts import is_conversational, text_columns
 from .early import check_sources
@@ -205,6 +206,8 @@ def _is_chat(loaded: dict, text_field: str) -> bool:
 
 def prepare(script_args: FederatedScriptArguments, training_args: FedBiOTConfig, model_args: ModelConfig) -> dict:
     """What the parsed arguments ask for, as arguments of [`FederatedRunner`]."""
+    if not training_args.resume_from_checkpoint and not script_args.plan_only:
+        RunFolder(training_args, None).check_free()  # before anything is loaded
     model_name = model_args.model_name_or_path
     if script_args.task is not None and model_name is None:
         model_name = str(_task_folder(script_args.task) / "base")

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from datasets import Dataset, concatenate_datasets
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..server.hidden_states import tensors_digest
+from ..server.hidden_states import tensors_digest, texts_digest
 from ..server.split_model import SplitModel
 from ..shared.lora_state import get_lora_state
 from ..shared.processes import runnable
@@ -34,6 +34,9 @@ class Evaluator:
         text_metric ([`TextMetric`] or `dict[str, TextMetric]`, *optional*):
             The metric of generated text, on the same text; of several sets, for each.
 
+    Attributes:
+        digest (`str`): Of all tokens, and of which of them count.
+
     Raises:
         ValueError: If there is no token to evaluate, or no position for one to generate.
     """
@@ -55,8 +58,9 @@ class Evaluator:
             name: trainer.prepare(text, f"`eval_dataset['{name}']`" if name else "`eval_dataset`", packing=False)[0]
             for name, text in named.items()
         }
-        columns = ["input_ids", "labels"]
-        self.tokens = concatenate_datasets([tokens.select_columns(columns) for tokens in self._sets.values()])
+        columns = ("input_ids", "labels")
+        self.tokens = concatenate_datasets([tokens.select_columns(list(columns)) for tokens in self._sets.values()])
+        self.digest = texts_digest(self.tokens, columns)
         self._metrics: Mapping[str, TextMetric] = {}
         if text_metric is not None:
             self._metrics = text_metric if isinstance(text_metric, Mapping) else {"": text_metric}
@@ -91,8 +95,8 @@ class Evaluator:
     def adapted(self, generate: bool = False) -> dict[str, dict[str, float]]:
         """`adap_emu` (emulator + adapter layers) and `adap_fu` (full model + adapter layers) as of now."""
         adap_fu = self.adap_fu(generate)
-        # With nothing dropped, and an emulator LoRA that stays zero, they compute the same.
-        same = not self.models.split.dropped and not self.args.aligns
+        # With nothing dropped the emulator LoRA stays zero, and they compute the same.
+        same = not self.models.split.dropped
         return {"adap_emu": adap_fu if same else self._adapted(self.models.adap_emu, generate), "adap_fu": adap_fu}
 
     def adap_fu(self, generate: bool = False) -> dict[str, float]:

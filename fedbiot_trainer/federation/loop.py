@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..evaluation.coverage import PublicLoss, why_uncovered
+from ..evaluation.coverage import EMULATOR_LOSS, PublicLoss, why_uncovered
 from ..evaluation.drift import Drift
 from ..evaluation.evaluator import Evaluator
 from ..server.server import FederatedServer
@@ -14,42 +14,13 @@ from ..shared.records import RoundRecord
 from ..shared.selection import Selection
 from ..wire.messages import PayloadError
 from .interruption import Interruption, RunInterrupted
+from .observer import Observer
 from .participation import Participation
 from .pool import ClientPool, Reply
 from .state import BestRound, FederationState
 
 
 MAX_VOID_ROUNDS = 3  # in a row, with too few answers; more of them and something is wrong with all clients
-
-
-class Observer:
-    """What follows a run: shows it, keeps it, sends it somewhere. All processes have the same observers."""
-
-    @property
-    def stops_run(self) -> bool:
-        """Whether the run is to end after this round."""
-        return False
-
-    def on_phase(self, server_round: int, phase: str):
-        """Something begins. Round 0 is what comes before the first round."""
-
-    def on_progress(self, done: int, total: int):
-        """Part of a phase without optimizer steps is done."""
-
-    def on_initial_alignment(self, metrics: dict[str, float]):
-        """The alignment before the first round has ended, with its last metrics and `seconds`."""
-
-    def on_round_begin(self, server_round: int):
-        """A round begins, or goes on after a resume."""
-
-    def on_state(self, state: FederationState):
-        """There is a state that a run could go on from: after the initial alignment and after each client and round."""
-
-    def on_interruption(self, state: FederationState):
-        """The run is told to stop, and will go on from this state."""
-
-    def on_round_end(self, record: RoundRecord):
-        """A round has ended, and `on_state` was called."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +110,11 @@ class RoundLoop:
             else:
                 self._restore(state)
                 self._prepare_teacher()
+                if self.server_round == 0 and self._open is None:
+                    self._measure_public()  # where it was interrupted
             while self.server_round < self.schedule.num_rounds and not any(o.stops_run for o in self.observers):
                 self._round()
+            self._evaluate_last()
         except RunInterrupted:
             if self.initial_alignment:
                 self._tell("on_interruption", self._state())
@@ -161,12 +135,16 @@ class RoundLoop:
         with timed(seconds, "seconds"):
             metrics = self.server.align(self.schedule.initial_alignment_steps)
         self.initial_alignment = start | metrics | {"seconds": seconds["seconds"]}
-        if self.public_loss is not None:
-            self._tell("on_phase", 0, "losses on public text")
-            self.server.install_loras()
-            self.initial_alignment |= self.public_loss.measure()
+        self._measure_public()
         self._tell("on_initial_alignment", self.initial_alignment)
         self._tell("on_state", self._state())
+
+    def _measure_public(self):
+        """What clients' text is compared with, unless that is known."""
+        if self.public_loss is not None and EMULATOR_LOSS not in self.initial_alignment:
+            self._tell("on_phase", 0, "losses on public text")
+            self.server.install_loras()
+            self.initial_alignment = self.initial_alignment | self.public_loss.measure()
 
     def _prepare_teacher(self):
         if self.server.trainer is not None:
@@ -181,8 +159,7 @@ class RoundLoop:
             self._ask(record)
             self._close_round(record)
         # An interruption here finds the round closed, and a resumed run begins with its evaluation.
-        self._evaluate(record)
-        self._keep_best(record)
+        self._evaluate(record, self.schedule.evaluates_after(server_round))
         self.records.append(record)
         self._open = None
         self._tell("on_state", self._state())
@@ -266,11 +243,22 @@ class RoundLoop:
             else:
                 self.server.discard_round()
 
-    def _evaluate(self, record: RoundRecord):
+    def _evaluate_last(self):
+        """Evaluate the last round, where an observer has ended the run between two evaluations."""
+        if self.records and not self.schedule.evaluates_after(self.server_round) and self._measures:
+            record = self.records[-1]
+            self._evaluate(record, True)
+            self._tell("on_state", self._state())
+            self._tell("on_late_evaluation", record)
+
+    @property
+    def _measures(self) -> bool:
+        return self.evaluator is not None or self.drift is not None
+
+    def _evaluate(self, record: RoundRecord, due: bool):
         if self.evaluator is not None:
             record.zero_shot_loss = self.evaluator.zero_shot()["loss"]
-        measures = self.evaluator is not None or self.drift is not None
-        if not measures or not self.schedule.evaluates_after(record.server_round):
+        if not due or not self._measures:
             return
         self._tell("on_phase", record.server_round, "evaluating")
         with timed(record.seconds, "evaluate"):
@@ -283,6 +271,7 @@ class RoundLoop:
                     record.evaluations[who] = by_set
             for name, value in self.drift.measure().items() if self.drift is not None else ():
                 setattr(record, name, value)
+        self._keep_best(record)
 
     def _keep_best(self, record: RoundRecord):
         if self.selection is None:
@@ -312,9 +301,11 @@ class RoundLoop:
             aggregator=server.aggregator.state_dict(),
             alignment_steps=server.alignment_steps,
             client_steps=server.client_steps,
+            num_examples=server.num_examples,
             settings=self.settings,
             initial_alignment=self.initial_alignment,
             zero_shot=self.evaluator.zero_shot() if self.evaluator is not None else None,
+            held_out=self.evaluator.digest if self.evaluator is not None else None,
             records=self.records,
             open_round=self._open,
             best=self.best,
@@ -325,7 +316,8 @@ class RoundLoop:
         server.client_lora, server.emulator_lora = state.client_lora, state.emulator_lora
         server.alignment_steps, server.client_steps = state.alignment_steps, dict(state.client_steps)
         self.records, self.initial_alignment = list(state.records), state.initial_alignment
-        self._open, self.best = state.open_round, state.best
+        self._open, self.best = state.open_round, state.best if self.selection is not None else None
+        server.num_examples = dict(state.num_examples)
         if self._open is not None:
             server.begin_round(received=self._open.client_losses)
         server.aggregator.load_state_dict(state.aggregator)

@@ -16,7 +16,7 @@ from ..server.server import FederatedServer
 from ..shared.processes import is_main_process
 from ..shared.records import RoundRecord, RunSummary
 from ..wire.plan import TrainingPlan
-from .loop import Observer
+from .observer import Observer
 from .state import FederationState
 
 
@@ -60,6 +60,9 @@ class WriteFiles(Observer):
     def on_round_end(self, record: RoundRecord):
         self.save_loras()
         self.folder.add_record(record)
+
+    def on_late_evaluation(self, record: RoundRecord):
+        self.folder.set_records([*RoundRecord.read_all(self.folder.rounds)[:-1], record])
 
     def save_package(self, args: FedBiOTConfig) -> int:
         """Write what clients get, and the result's tokenizer. Returns the package's bytes."""
@@ -147,10 +150,10 @@ class CallCallbacks(Observer):
         self.trackers.tell("on_step_begin")
 
     def on_round_end(self, record: RoundRecord):
-        self.trackers.at_round(record.server_round)
-        self.trackers.tell("on_save")
-        self.trackers.report(record)
-        self.trackers.tell("on_step_end")
+        self.trackers.round_ended(record)
+
+    def on_late_evaluation(self, record: RoundRecord):
+        self.trackers.evaluated(record.scores())
 
 
 class ShowProgress(Observer):
@@ -181,6 +184,9 @@ class ShowProgress(Observer):
 
     def on_round_end(self, record: RoundRecord):
         self.progress.round_ended(record.server_round)
+        self.progress.round_line(record)
+
+    def on_late_evaluation(self, record: RoundRecord):
         self.progress.round_line(record)
 
 

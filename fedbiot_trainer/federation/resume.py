@@ -1,9 +1,10 @@
 """Going on with a run: which state to take, and whether it is this run's."""
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -17,6 +18,8 @@ from .state import FederationState
 
 
 logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 # What may change when a run goes on: it changes no number of the training. All other settings must be the same.
 HARMLESS = {
@@ -54,13 +57,67 @@ HARMLESS = {
 CONSTANT = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 
 
+def claim(
+    folder: RunFolder,
+    checkpoint: str | bool | None,
+    settings: dict[str, Any],
+    args: FedBiOTConfig,
+    held_out: str | None = None,
+) -> FederationState | None:
+    """
+    Take the folder for a run, and find in it, or elsewhere, what to go on from. All processes must call it.
+
+    Args:
+        folder ([`RunFolder`]): The run's folder.
+        checkpoint (`str` or `bool`, *optional*): As for [`find_state`]. Without one a new run begins.
+        settings (`dict`): What [`run_settings`] has made.
+        args ([`FedBiOTConfig`]): Configuration.
+        held_out (`str`, *optional*): Digest of the text that rounds are evaluated on. Scores on another are forgotten.
+
+    Returns:
+        [`FederationState`], *optional*: Where to go on.
+
+    Raises:
+        ValueError: If another run is or was in the folder, or the state belongs to another run.
+    """
+    in_place = checkpoint and _is_in(folder, checkpoint)
+    if not in_place:
+        folder.check_free()
+    PartialState().wait_for_everyone()  # all have seen whether it is free
+    _on_main(folder.claim)
+    state = find_state(folder, checkpoint) if checkpoint else None
+    if state is not None:
+        check_settings(state.settings, settings, args, state.server_round)
+        if None not in (held_out, state.held_out) and held_out != state.held_out:
+            state.zero_shot = state.best = None
+            logger.warning(
+                "`eval_dataset` is another than before: zero-shot is evaluated on it anew, and the best round is one of those "
+                "from here on."
+            )
+    if not in_place:
+        folder.clear()
+    if state is not None:
+        folder.set_records(state.records)
+        if PartialState().is_main_process:
+            state.delete_later(folder.state)
+    return state
+
+
+def _is_in(folder: RunFolder, checkpoint: str | bool) -> bool:
+    """Whether a checkpoint is the folder's own."""
+    if str(checkpoint).lower() == "true":
+        return True
+    path, own = Path(str(checkpoint)).resolve(), folder.path.resolve()
+    return own in (path, *path.parents)
+
+
 def run_settings(args: FedBiOTConfig, **content: Any) -> dict[str, Any]:
     """
     What makes a run this run, as plain values.
 
     Args:
         args ([`FedBiOTConfig`]): Configuration.
-        **content: What else must be the same: the split, the LoRAs, digests of model and text.
+        **content: What else must be the same: the split, the client LoRA, digests of model and text.
     """
     settings = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in HARMLESS}
     world = args.world_size
@@ -81,6 +138,7 @@ def check_settings(then: dict[str, Any], now: dict[str, Any], args: FedBiOTConfi
     Raises:
         ValueError: If one of them would make it another run. All differences are named.
     """
+    then, now = map(_by_key, (then, now))
     different = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     if "num_rounds" in different:
         if args.num_rounds < server_round:
@@ -106,6 +164,14 @@ def can_extend(args: FedBiOTConfig) -> bool:
     return all(SchedulerType(kind) in CONSTANT for kind in kinds) and not share_of_all
 
 
+def _by_key(values: dict[str, Any]) -> dict[str, Any]:
+    """With the keys of what is a dictionary itself behind its name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
@@ -126,16 +192,21 @@ def find_state(folder: RunFolder, checkpoint: str | bool) -> FederationState | N
     Raises:
         ValueError: If there is nothing to go on from at that path, or what is there is damaged.
     """
-    found: list[Any] = [None]
+    return _on_main(lambda: _find(folder, checkpoint))
+
+
+def _on_main(work: Callable[[], T]) -> T:
+    """Work that the main process alone can do. All get its result, or raise what it raised."""
+    outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
-            found = [_find(folder, checkpoint)]
-        except ValueError as error:
-            found = [error]
-    state = broadcast_object_list(found)[0]
-    if isinstance(state, ValueError):
-        raise state
-    return state
+            outcome[0] = work()
+        except Exception as error:  # raised below, in all of them: the others would wait for the result
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def _find(folder: RunFolder, checkpoint: str | bool) -> FederationState | None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -15,14 +16,15 @@ from ..client.client import FederatedClient
 from ..client.trainer import ClientSFTTrainer
 from ..config import FedBiOTConfig
 from ..evaluation.evaluator import Evaluator
-from ..output.hub import push_folder
+from ..output.hub import make_repository, push_folder
 from ..output.progress import RunProgress, no_progress_bars, reported
 from ..output.run_folder import RunFolder
 from ..output.tables import result_lines, result_table, split_table
 from ..output.trackers import Trackers
-from ..server.hidden_states import texts_digest
+from ..server.hidden_states import texts_digest, weights_digest
 from ..server.server import FederatedServer
 from ..shared.arguments import check_args, check_callbacks, model_or_name
+from ..shared.lora_state import CLIENT, EMULATOR
 from ..shared.records import ParameterCounts, RoundRecord, RunSummary
 from ..shared.round_trainer import frozen_garbage
 from ..shared.selection import choose_selection, keeps_best_round
@@ -34,7 +36,7 @@ from .participation import Participation
 from .plug_in import plug_in
 from .pool import ClientPool, LocalClients
 from .public_measures import public_measures
-from .resume import check_settings, find_state, run_settings
+from .resume import claim, run_settings
 from .run_texts import RunTexts
 from .state import FederationState
 from .summary import summarize
@@ -104,8 +106,6 @@ class FederatedRunner:
             logger.warning("\n".join(without_effect.values()))
         self.args = args
         self.folder = RunFolder(args, model if isinstance(model, str) else model.config.name_or_path)
-        if not args.resume_from_checkpoint:
-            self.folder.check_free()
         is_remote = remote_clients is not None
         texts = RunTexts.of(args, client_datasets, train_dataset, public_dataset, eval_dataset, is_remote)
         self.selection = choose_selection(args, texts.eval_sets, callbacks or [])
@@ -147,6 +147,7 @@ class FederatedRunner:
         self.trackers = Trackers(args, args.num_rounds, callbacks or [], model, processing_class)
         self.records: list[RoundRecord] = []
         self.summary: RunSummary | None = None
+        self._has_begun = False
 
     @property
     def state(self):
@@ -170,39 +171,39 @@ class FederatedRunner:
             RuntimeError: If too few clients answered in several rounds in a row.
             RunInterrupted: If the process was told to stop (SIGTERM, Ctrl-C). The state is on disk.
         """
-        if self.trackers.state.global_step > 0:
+        if self._has_begun:
             raise ValueError(
-                f"This runner has trained {self.trackers.state.global_step} rounds. Make another one to go on with "
-                "`resume_from_checkpoint=True`, or for another `output_dir`."
+                f"This runner has trained {self.trackers.state.global_step} rounds, or begun to. Make another one to go on "
+                "with `resume_from_checkpoint=True`, or for another `output_dir`."
             )
         started = time.perf_counter()
+        self.settings = self._run_settings()
         try:
-            state = self._claim(resume_from_checkpoint or self.args.resume_from_checkpoint)
+            checkpoint = resume_from_checkpoint or self.args.resume_from_checkpoint
+            held_out = None if self.evaluator is None else self.evaluator.digest
+            state = claim(self.folder, checkpoint, self.settings, self.args, held_out)
+            self._has_begun = True
+            if self.args.push_to_hub and self.args.process_index == 0:
+                make_repository(self.args)
             with self.interruption.listening(), frozen_garbage():
                 return self._train(state, started)
         finally:
             self.folder.release()
 
-    def _claim(self, checkpoint: str | bool | None) -> FederationState | None:
-        """Take the folder, and find in it what to go on from."""
-        self.trainer.accelerator.wait_for_everyone()  # all have seen whether the folder is free
-        if not checkpoint:
-            self.folder.check_free()  # what came there since
-            self.trainer.accelerator.wait_for_everyone()
-        self.folder.claim()
-        state = find_state(self.folder, checkpoint) if checkpoint else None
-        if not checkpoint:
-            self.folder.clear()
-        self.settings = run_settings(
+    def _run_settings(self) -> dict[str, Any]:
+        models = self.server.models
+        loras = {CLIENT: models.adap_fu.peft_config[CLIENT].to_dict()}
+        if EMULATOR in models.adap_emu.peft_config:
+            loras[EMULATOR] = models.adap_emu.peft_config[EMULATOR].to_dict()
+        for lora in loras.values():
+            del lora["base_model_name_or_path"]  # its weights are compared
+        return run_settings(
             self.args,
-            split=asdict(self.server.models.split),
-            client_lora=self.server.models.adap_fu.peft_config["client"].to_dict(),
+            split=asdict(models.split),
+            **{f"{name}_lora": lora for name, lora in loras.items()},
+            weights=weights_digest(models.adap_fu),
             public_text=texts_digest(self.server.trainer.train_dataset) if self.server.trainer is not None else None,
         )
-        if state is not None:
-            check_settings(state.settings, self.settings, self.args, state.server_round)
-            self.folder.set_records(state.records)
-        return state
 
     def _train(self, state: FederationState | None, started: float) -> RunSummary:
         server, main = self.server, self.args.process_index == 0
@@ -213,7 +214,8 @@ class FederatedRunner:
         asked = self.args.num_sampled(len(self.pool.names()))
         progress = run_progress(self.args, asked, server.trainer is not None, self.console, state)
         self.pool.on_client = progress.client
-        loop = self._loop(progress, state)
+        earlier = [] if state is None else state.comparable_records()
+        loop = self._loop(progress, earlier)
         with (
             progress,
             reported(progress, self.trainer, "sft_loss"),
@@ -223,7 +225,7 @@ class FederatedRunner:
             if state is not None:
                 progress.line(f"going on after round {state.server_round}")
             self.trackers.tell("on_train_begin")
-            self.trackers.go_on(state.records if state is not None else [])
+            self.trackers.go_on(earlier)
             try:
                 loop.run(state)
             finally:
@@ -276,8 +278,8 @@ class FederatedRunner:
             self.console.print(split_table(split, parameters, bytes_once, server.payload_sizes(), asked))
         return parameters, bytes_once
 
-    def _loop(self, progress: RunProgress, state: FederationState | None) -> RoundLoop:
-        args, records = self.args, state.records if state is not None else []
+    def _loop(self, progress: RunProgress, earlier: Sequence[RoundRecord]) -> RoundLoop:
+        args = self.args
         keep = max(2, args.save_total_limit or 2)  # one to fall back on
         return RoundLoop(
             self.server,
@@ -290,7 +292,7 @@ class FederatedRunner:
                 self.files,
                 ShowProgress(progress),
                 CallCallbacks(self.trackers),
-                WarnOfNoGain(records, self.keeps_best_round),
+                WarnOfNoGain(earlier, self.keeps_best_round),
             ],
             evaluator=self.evaluator,
             drift=self.drift,
@@ -336,15 +338,12 @@ class FederatedRunner:
         Upload `client_lora/` to the Hub. The emulator package stays here: it is for the clients.
 
         Args:
-            repo_id (`str`, *optional*): Defaults to `args.hub_model_id`.
+            repo_id (`str`, *optional*): Defaults to `args.hub_model_id`, then to the name of `args.output_dir`.
             private (`bool`, *optional*): Defaults to `args.hub_private_repo`.
             token (`str`, *optional*): Defaults to `args.hub_token`, then to the stored one.
 
         Returns:
             `str`: Address of the commit.
-
-        Raises:
-            ValueError: If no repository is named.
         """
         self.save_model()
         return push_folder(self.folder.client_lora, self.args, repo_id, private, token)

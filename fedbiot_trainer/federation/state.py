@@ -52,8 +52,10 @@ class FederationState:
         alignment_steps (`int`): Alignment steps taken.
         client_steps (`dict[str, int]`): Local steps that each client has taken.
         settings (`dict`): What makes this run this run, as plain values.
+        num_examples (`dict[str, int]`): Examples that each client has said it holds.
         initial_alignment (`dict[str, float]`): Last metrics and seconds of the alignment before the first round.
         zero_shot (`dict[str, float]`, *optional*): Scores of the full model without any LoRA.
+        held_out (`str`, *optional*): Digest of the text that all scores are of.
         records (`list[RoundRecord]`): Rounds that have ended.
         open_round ([`RoundRecord`], *optional*): The round that was going on, with the answers that had come.
         best ([`BestRound`], *optional*): The best round, in a run that ends with it.
@@ -66,8 +68,10 @@ class FederationState:
     alignment_steps: int
     client_steps: dict[str, int]
     settings: dict[str, Any] = field(repr=False)
+    num_examples: dict[str, int] = field(default_factory=dict)
     initial_alignment: dict[str, float] = field(default_factory=dict)
     zero_shot: Scores | None = None
+    held_out: str | None = None
     records: list[RoundRecord] = field(default_factory=list, repr=False)
     open_round: RoundRecord | None = None
     best: BestRound | None = field(default=None, repr=False)
@@ -91,9 +95,9 @@ class FederationState:
         values["open_round"] = asdict(self.open_round) if self.open_round else None
         values["best"] = vars(self.best) if self.best else None
         tensors: dict[str, torch.Tensor] = {}
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **_take_out(values, "", tensors)}, sort_keys=True)
-        answers = len(self.open_round.answered) if self.open_round else 0
-        file = folder / f"round-{self.server_round:06}-{answers:04}.safetensors"
+        # In their order, which a sum over a LoRA's tensors depends on.
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **_take_out(values, "", tensors)})
+        file = folder / self._file_name
         part = file.with_suffix(".part")
         save_file(tensors, part, metadata={"state": text, "sha256": _digest(text, tensors)})
         _sync(part)
@@ -102,6 +106,22 @@ class FederationState:
         for old in sorted(folder.glob("round-*.safetensors"))[:-keep]:
             old.unlink()
         return file
+
+    def comparable_records(self) -> list[RoundRecord]:
+        """The rounds, with scores only if they are of the text that rounds are evaluated on now."""
+        return self.records if self.zero_shot is not None else [record.without_scores() for record in self.records]
+
+    @property
+    def _file_name(self) -> str:
+        """Sorts as the states of a run do."""
+        answers = len(self.open_round.answered) if self.open_round else 0
+        return f"round-{self.server_round:06}-{answers:04}.safetensors"
+
+    def delete_later(self, folder: Path):
+        """Delete the states of the same run that came after this one: they are of rounds that will be run anew."""
+        for file in folder.glob("round-*.safetensors"):
+            if file.name > self._file_name:
+                file.unlink()
 
     @classmethod
     def load(cls, file: Path) -> "FederationState":
@@ -128,13 +148,19 @@ class FederationState:
                 f"The state '{file}' has schema version {version}, this library reads {SCHEMA_VERSION}. Install the "
                 "version of fedbiot-trainer that wrote it."
             )
-        last, opened, best = values.pop("last_record"), values.pop("open_round"), values.pop("best", None)
-        return cls(
-            **values,
-            records=[RoundRecord(**last)] if last else [],
-            open_round=RoundRecord(**opened) if opened else None,
-            best=BestRound(**best) if best else None,
-        )
+        try:
+            last, opened, best = values.pop("last_record"), values.pop("open_round"), values.pop("best", None)
+            return cls(
+                **values,
+                records=[RoundRecord(**last)] if last else [],
+                open_round=RoundRecord(**opened) if opened else None,
+                best=BestRound(**best) if best else None,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"The state '{file}' has other fields than this library's ({error}). Install the version of fedbiot-trainer "
+                "that wrote it."
+            ) from error
 
     @classmethod
     def load_newest(cls, folder: Path) -> "FederationState | None":

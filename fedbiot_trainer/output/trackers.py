@@ -58,8 +58,14 @@ class Trackers:
         """Count rounds as steps."""
         self.state.global_step, self.state.epoch = server_round, server_round / max(1, self.state.max_steps)
 
-    def report(self, record: RoundRecord):
-        """Give a round's scalars to trackers and callbacks."""
+    def round_ended(self, record: RoundRecord):
+        """Count a round as a step, and give its scalars to trackers and callbacks."""
+        self.at_round(record.server_round)
+        self.tell("on_save")
+        self._report(record)
+        self.tell("on_step_end")
+
+    def _report(self, record: RoundRecord):
         drifts = [f.name for f in fields(record) if f.name.startswith("drift_")]
         logs = {
             name: getattr(record, name) for name in ("alignment_l2", "alignment_kl", *drifts, "bytes_down", "bytes_up")
@@ -75,9 +81,12 @@ class Trackers:
         logs |= {"clients/refused": len(record.refused), "clients/failed": len(record.failed)}
         scores = record.scores()
         self._log({key: value for key, value in logs.items() if value is not None} | scores)
-        if scores:
-            self.tell("on_evaluate", scores)
-            self._compare(scores)
+        self._compare(scores)
+
+    def evaluated(self, scores: dict[str, float]):
+        """Give what was measured after a round's end."""
+        self._log(scores)
+        self._compare(scores)
 
     def report_end(self, new: dict[str, float], results: dict[str, float]):
         """Give the final results to callbacks, and to trackers those of them that are new."""
@@ -91,17 +100,19 @@ class Trackers:
             self.tell("on_log", scalars)
 
     def _compare(self, scores: dict[str, float]):
+        if scores:
+            self.tell("on_evaluate", scores)
         value = scores.get(self.selection.metric)
         if value is not None and self.selection.improves(value, self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
 
     def go_on(self, records: Sequence[RoundRecord]):
         """Be where the run was after these rounds. Callbacks that keep a state, as for early stopping, are told of them."""
-        for record in records:
-            self.at_round(record.server_round)
-            scores = record.scores()
-            for callback in self.handler.callbacks if scores else ():
-                if isinstance(callback, ExportableState):
-                    callback.on_evaluate(self.args, self.state, self.control, metrics=scores)
-            if scores:
-                self._compare(scores)
+        everyone = self.handler.callbacks
+        self.handler.callbacks = [callback for callback in everyone if isinstance(callback, ExportableState)]
+        try:
+            for record in records:
+                self.tell("on_step_begin")
+                self.round_ended(record)
+        finally:
+            self.handler.callbacks = everyone

@@ -95,7 +95,7 @@ def set_lora_state(model: PeftModel, lora_name: str, state: LoraState):
     Write a state from [`get_lora_state`] into the model.
 
     Raises:
-        ValueError: If a key is missing or unknown.
+        ValueError: If a key is missing or unknown, or a tensor has another shape.
     """
     release_whole(model)
     parameters = dict(_lora_parameters(model, lora_name))
@@ -106,6 +106,10 @@ def set_lora_state(model: PeftModel, lora_name: str, state: LoraState):
         )
     with torch.no_grad(), gathered(parameters.values(), write=True) as tensors:
         for key, whole in zip(parameters, tensors, strict=True):
+            if state[key].shape != whole.shape:  # `copy_` would broadcast
+                raise ValueError(
+                    f"The {lora_name} LoRA's tensor `{key}` is {tuple(state[key].shape)}, but the model's is {tuple(whole.shape)}."
+                )
             whole.copy_(state[key])
 
 

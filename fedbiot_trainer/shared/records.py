@@ -1,7 +1,7 @@
 """What a run reports: a record for each round (`rounds.jsonl`) and a summary at its end (`summary.json`)."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,26 @@ class RoundRecord:
         values |= {f"{who}_{name}": value for who, found in self.evaluations.items() for name, value in found.items()}
         return {f"eval_{name}": value for name, value in values.items() if value is not None}
 
+    def without_scores(self) -> "RoundRecord":
+        """A copy as of a round without an evaluation."""
+        names = ("zero_shot_loss", *(f"{who}_{name}" for who in ("adap_emu", "adap_fu") for name in LOSS_METRICS))
+        nothing: dict[str, Any] = dict.fromkeys(names)
+        return replace(self, evaluations={}, **nothing)
+
     def to_json(self) -> str:
         """One line of `rounds.jsonl`, without the line break."""
         return json.dumps(asdict(self))
 
     @classmethod
     def read_all(cls, file: Path) -> list["RoundRecord"]:
-        """The records of a `rounds.jsonl`; none if there is no such file."""
-        return [cls(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+        """The records of a `rounds.jsonl`, without a last line that was cut off; none if there is no such file."""
+        lines = file.read_text().splitlines() if file.is_file() else []
+        if lines:
+            try:
+                json.loads(lines[-1])
+            except ValueError:  # a full disk or a power cut
+                lines.pop()
+        return [cls(**json.loads(line)) for line in lines]
 
 
 @dataclass

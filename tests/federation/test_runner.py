@@ -364,8 +364,7 @@ def test_push_to_hub(plain, monkeypatch):
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr("fedbiot_trainer.output.hub.HfApi", Api)
-    with pytest.raises(ValueError, match="`repo_id` is None and `hub_model_id` is not set"):
-        plain.push_to_hub()
+    assert plain.push_to_hub() == "https://hub/run"  # the folder's name
     assert plain.push_to_hub("me/lora", private=True, token="t") == "https://hub/me/lora"
     assert pushed == {
         "token": "t", "private": True,
@@ -374,6 +373,17 @@ def test_push_to_hub(plain, monkeypatch):
             "tokenizer_config.json",
         ],
     }  # fmt: skip
+
+
+def test_a_hub_that_cannot_be_reached_is_noticed_first(make_runner, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ConnectionError("no Hub here")
+
+    monkeypatch.setattr("fedbiot_trainer.output.hub.HfApi.create_repo", refuse)
+    runner = make_runner(push_to_hub=True)
+    with pytest.raises(ConnectionError, match="no Hub here"):
+        runner.train()
+    assert not runner.folder.package.exists()
 
 
 # ---- what must not be used, and what cannot work
@@ -491,7 +501,7 @@ def test_client_refuses_a_bad_start(make_runner):
 def test_folder_of_another_run_is_refused(make_runner, plain, tmp_path):
     shutil.copytree(plain.folder.path, tmp_path / "run")
     with pytest.raises(ValueError, match="`output_dir` is .* holds another run .*`overwrite_output_dir=True`"):
-        make_runner()
+        make_runner().train()
     again = make_runner(overwrite_output_dir=True, num_rounds=1, local_steps=1)
     assert len(rounds_of(again)) == 2  # nothing is deleted before training starts
     again.train()
