@@ -106,6 +106,31 @@ def test_result_of_the_last_round_if_it_is_asked_for(make_runner, losses):
     assert watch.told[-1] == (2, 2.0)  # as a trainer's state does
 
 
+class Stop(TrainerCallback):
+    """Ends the run after a round."""
+
+    def __init__(self, server_round):
+        self.server_round, self.told = server_round, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.server_round
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.told.append((state.global_step, metrics["eval_adap_fu_loss"]))
+
+
+def test_a_run_that_is_ended_between_evaluations(make_runner, losses):
+    """Its last round is evaluated, as any run's is."""
+    stop = Stop(4)
+    runner, watch = watched(make_runner, losses, [9.0, 9.0, 3.0, 9.0, 2.0], [stop], num_rounds=9, eval_rounds=3)
+    assert runner.train().best_round == 4
+    assert stop.told == [(3, 3.0), (4, 2.0)]
+    records = [json.loads(line) for line in runner.folder.rounds.read_text().splitlines()]
+    assert [record["adap_fu_loss"] for record in records] == [None, None, 3.0, 2.0]
+    assert FederationState.load_newest(runner.folder.state).best.server_round == 4
+    assert_result_is(runner, watch.client[3], watch.emulator[3])
+
+
 @pytest.mark.parametrize(
     "settings, best",
     [
