@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..server.capture import OutputHead, capture, causal_lm, run_full_model
 from ..server.split_model import SplitModel
 from ..server.teachers import OnProgress, distances
-from ..shared.processes import deal, shards_parameters
+from ..shared.processes import deal, shards_parameters, summed
 from ..shared.round_trainer import RoundTrainer
 from ..shared.text_loss import batches_by_length
 from ..shared.texts import IGNORED
@@ -68,7 +68,7 @@ class Drift:
                     if mask.any():
                         l2, kl = distances(student, teacher, mask.to(self.accelerator.device), logits)
                         totals[place] += torch.tensor([l2.item(), cast(torch.Tensor, kl).item(), mask.sum().item()])
-        totals = self.accelerator.reduce(totals.to(self.accelerator.device)).cpu()
+        totals = summed(totals, self.accelerator)
         (l2, kl, tokens), (label_l2, label_kl, labels) = totals.sum(0).tolist(), totals[0].tolist()
         means = {"l2": l2 / tokens, "kl": kl / tokens}
         return means | {"label_l2": label_l2 / labels, "label_kl": label_kl / labels}

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from ..shared.lora_state import EMULATOR
 from ..shared.losses import hidden_state_loss
-from ..shared.processes import deal, gathered
+from ..shared.processes import deal, gathered, summed
 from .capture import capture, causal_lm, entering_at, wiring_of
 from .split_check import two_texts
 from .split_model import SplitModel
@@ -155,7 +155,7 @@ class _Fit:
             mask = text["attention_mask"]
             distance = hidden_state_loss(self._hidden(states), self._hidden(target), mask)
             totals += torch.tensor([distance.item(), mask.sum().item()])
-        l2, tokens = self.accelerator.reduce(totals.to(self.accelerator.device)).tolist()
+        l2, tokens = summed(totals, self.accelerator).tolist()
         return {"closed_form_tokens": tokens, "closed_form_l2": l2 / tokens}
 
     def _regression(self, linear: "AddedLinear", position: int) -> "Regression":

@@ -228,3 +228,8 @@ def deal(
         mine = i + accelerator.process_index
         yield batches[min(mine, len(batches) - 1)], mine < len(batches)
         on_progress(min(i + accelerator.num_processes, len(batches)), len(batches))
+
+
+def summed(totals: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """The sum of all processes' totals in float64, on the CPU: Apple's GPUs, of which there is one, know no float64."""
+    return totals if accelerator.num_processes == 1 else accelerator.reduce(totals.to(accelerator.device)).cpu()

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .processes import deal
+from .processes import deal, summed
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def evaluate_loss(
         if counts:
             loss = F.cross_entropy(logits, labels, reduction="sum").item()
             totals += torch.tensor([loss, (logits.argmax(-1) == labels).sum().item(), labels.numel()])
-    loss, correct, tokens = accelerator.reduce(totals.to(accelerator.device)).tolist()
+    loss, correct, tokens = summed(totals, accelerator).tolist()
     return {"loss": loss / tokens, "token_accuracy": correct / tokens}
 
 

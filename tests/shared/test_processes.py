@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from fedbiot_trainer.shared.processes import DeepSpeedSettings, deal, gathered
+from fedbiot_trainer.shared.processes import DeepSpeedSettings, deal, gathered, summed
 
 
 class Process:
@@ -39,3 +41,15 @@ def test_one_process_has_nothing_to_gather():
     with torch.no_grad(), gathered([parameter], write=True) as (whole,):
         whole.fill_(1)
     assert (parameter == 1).all()
+
+
+@pytest.mark.parametrize("device, num_processes, moved", [("mps", 1, []), ("cuda", 2, ["cuda"])])
+def test_totals_stay_where_float64_is(device, num_processes, moved):
+    seen = []
+    totals = type(
+        "Totals", (), {"to": lambda self, device: seen.append(device) or torch.ones(2, dtype=torch.float64)}
+    )()
+    accelerator = SimpleNamespace(device=device, num_processes=num_processes, reduce=lambda tensor: 2 * tensor)
+    found = summed(totals, accelerator)
+    assert seen == moved
+    assert found is totals or found.tolist() == [2.0, 2.0]
