@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -56,7 +56,6 @@ class HiddenStateStore:
             tokens += length
         self.shards.append(range(start, len(self.lengths)))
         self._slices: dict[int, Any] = {}
-        self._in_use: IO | None = None
 
     @property
     def folder(self) -> Path:
@@ -88,12 +87,17 @@ class HiddenStateStore:
             places += [(shard, start) for _, start in zip(rows, starts, strict=False)]
         return places
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other runs from deleting the store in the block. What is open at its end can be read on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
     def missing(self, num_texts: int) -> list[int]:
         """Open the shards of the first `num_texts` texts, delete those that are damaged, and list what to write."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._in_use is None:
-            self._in_use = (self.folder / LOCK).open("a")
-            fcntl.flock(self._in_use, fcntl.LOCK_SH)
         os.utime(self.folder)  # the store used last is the last to be deleted
         return [shard for shard in self._shards_of(num_texts) if not (shard in self._slices or self._open(shard))]
 

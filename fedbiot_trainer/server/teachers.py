@@ -163,17 +163,18 @@ class CachedTeacher:
         if self.store is not None and self.store.has(num_texts):
             return
         store = HiddenStateStore(self._folder(), self._lengths, self._width, self._dtype)
-        if self.accelerator.is_local_main_process:
-            store.make_room(num_texts, self.settings.teacher_cache_max_gb * GB)
         bar = tqdm(desc="Hidden states of the public text", disable=on_progress is not None or not self._shows_bar)
 
         def show(done, total):
             bar.total = total
             bar.update(done - bar.n)
 
-        with bar, self.models.whole_on(self.accelerator.device), runnable(self.models.adap_fu, self.accelerator):
-            batch_size = self.settings.alignment_batch_size
-            fill_store(store, num_texts, self._compute, batch_size, self.accelerator, on_progress or show)
+        with store.in_use():
+            if self.accelerator.is_local_main_process:
+                store.make_room(num_texts, self.settings.teacher_cache_max_gb * GB)
+            with bar, self.models.whole_on(self.accelerator.device), runnable(self.models.adap_fu, self.accelerator):
+                batch_size = self.settings.alignment_batch_size
+                fill_store(store, num_texts, self._compute, batch_size, self.accelerator, on_progress or show)
         self.store = store
 
     def _folder(self):

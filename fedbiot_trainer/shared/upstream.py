@@ -69,6 +69,7 @@ USES = (
     Use(_TRAINER, "Trainer._get_num_items_in_batch", "alignment counts tokens, not labels",
         "test_alignment_loss_is_the_formula", ("batch_samples", "device")),
     Use(_TRAINER, "Trainer._get_learning_rate", "named where a training diverges", "test_client_that_diverges_is_left_out", ()),
+    Use(_TRAINER, "Trainer._load_best_model", "a checkpoint is a LoRA", "test_the_best_of_its_evaluations", ()),
     Use(_TRAINER, "Trainer._load_from_checkpoint", "a checkpoint is a LoRA",
         "test_resume_from_a_checkpoint", ("resume_from_checkpoint", "model")),
     Use(_SFT, "SFTTrainer._set_signature_columns_if_needed", "keeps the column with a text's place in the store",

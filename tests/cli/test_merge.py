@@ -102,5 +102,7 @@ def test_package_that_cannot_be_merged_any_more_is_refused(model):
         package.merged()
     del parameter.ds_id
     package.peft_model()
-    with pytest.raises(ValueError, match=r"`peft_model\(\)` has put the LoRAs on this package's model already"):
+    with pytest.raises(
+        ValueError, match=r"`peft_model\(\)`, or a trainer, has put the LoRAs on this package's model already"
+    ):
         package.merged()

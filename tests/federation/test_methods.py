@@ -75,8 +75,8 @@ def test_every_method_runs(finished, method):
         assert summary.adap_fu["loss"] != summary.zero_shot["loss"]
 
 
-@pytest.mark.parametrize("aligns, passes", [(0, 1), (1, 2)])
-def test_with_nothing_dropped_the_emulator_is_measured_once_it_differs(make_runner, monkeypatch, aligns, passes):
+@pytest.mark.parametrize("aligns", [0, 1])
+def test_with_nothing_dropped_one_model_is_measured(make_runner, monkeypatch, aligns):
     settings = {"num_rounds": 1, "emulator_drop_ratio": 0.0, "alignment_steps": aligns, "initial_alignment_steps": 0}
     runner = make_runner(**settings)
     runner.train()
@@ -89,7 +89,7 @@ def test_with_nothing_dropped_the_emulator_is_measured_once_it_differs(make_runn
 
     monkeypatch.setattr("fedbiot_trainer.evaluation.evaluator.evaluate_loss", measure)
     scores = evaluator.adapted()
-    assert len(measured) == passes
+    assert len(measured) == 1
     [tokens] = evaluator._sets.values()
     alone = evaluate_loss(models.adap_emu, tokens, evaluator.data_collator, 8, evaluator.accelerator)
     assert scores["adap_emu"] == pytest.approx(alone)

@@ -105,12 +105,13 @@ def other_store(store, content):
 
 def test_a_store_that_a_run_uses_is_not_deleted(store):
     used, left = other_store(store, 2), other_store(store, 3)
-    used.missing(2)
-    store.make_room(2, 0)
-    assert used.folder.exists() and not left.folder.exists()
-    del used  # that run has ended
+    with used.in_use():
+        used.missing(2)
+        store.make_room(2, 0)
+        assert used.folder.exists() and not left.folder.exists()
     store.make_room(2, 0)
     assert [folder.name for folder in store.folder.parent.iterdir()] == [store.folder.name]
+    assert used[0].shape == (10, 8)  # it is open
 
 
 def test_other_runs_write_and_delete_meanwhile(store, monkeypatch):
