@@ -245,8 +245,8 @@ class RoundLoop:
 
     def _evaluate_last(self):
         """Evaluate the last round, where an observer has ended the run between two evaluations."""
-        if self.records and not self.schedule.evaluates_after(self.server_round) and self._measures:
-            record = self.records[-1]
+        record = self.records[-1] if self.records else None
+        if record is not None and self._measures and record.adap_fu_loss is record.drift_l2 is None:
             self._evaluate(record, True)
             self._tell("on_state", self._state())
             self._tell("on_late_evaluation", record)

@@ -117,7 +117,7 @@ def run_settings(args: FedBiOTConfig, **content: Any) -> dict[str, Any]:
 
     Args:
         args ([`FedBiOTConfig`]): Configuration.
-        **content: What else must be the same: the split, the client LoRA, digests of model and text.
+        **content: What else must be the same: the split, the LoRAs, digests of the weights and the public text.
     """
     settings = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in HARMLESS}
     world = args.world_size

@@ -182,9 +182,9 @@ class FederatedRunner:
             checkpoint = resume_from_checkpoint or self.args.resume_from_checkpoint
             held_out = None if self.evaluator is None else self.evaluator.digest
             state = claim(self.folder, checkpoint, self.settings, self.args, held_out)
-            self._has_begun = True
             if self.args.push_to_hub and self.args.process_index == 0:
                 make_repository(self.args)
+            self._has_begun = True
             with self.interruption.listening(), frozen_garbage():
                 return self._train(state, started)
         finally:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ALL_PUBLIC_TEXT, slow, sums
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from fedbiot_trainer.federation.loop import RoundLoop
 from fedbiot_trainer.federation.observers import WarnOfNoGain
@@ -106,7 +107,7 @@ def test_result_of_the_last_round_if_it_is_asked_for(make_runner, losses):
     assert watch.told[-1] == (2, 2.0)  # as a trainer's state does
 
 
-class Stop(TrainerCallback):
+class EndsAfter(TrainerCallback, ExportableState):
     """Ends the run after a round."""
 
     def __init__(self, server_round):
@@ -115,13 +116,16 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == self.server_round
 
+    def state(self):
+        return {"args": {"server_round": self.server_round}, "attributes": {"told": self.told}}
+
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.told.append((state.global_step, metrics["eval_adap_fu_loss"]))
 
 
 def test_a_run_that_is_ended_between_evaluations(make_runner, losses):
     """Its last round is evaluated, as any run's is."""
-    stop = Stop(4)
+    stop = EndsAfter(4)
     runner, watch = watched(make_runner, losses, [9.0, 9.0, 3.0, 9.0, 2.0], [stop], num_rounds=9, eval_rounds=3)
     assert runner.train().best_round == 4
     assert stop.told == [(3, 3.0), (4, 2.0)]
@@ -129,6 +133,15 @@ def test_a_run_that_is_ended_between_evaluations(make_runner, losses):
     assert [record["adap_fu_loss"] for record in records] == [None, None, 3.0, 2.0]
     assert FederationState.load_newest(runner.folder.state).best.server_round == 4
     assert_result_is(runner, watch.client[3], watch.emulator[3])
+
+
+def test_a_run_that_was_ended_by_a_callback_can_be_resumed(make_runner):
+    settings = {"num_rounds": 9, "eval_rounds": 3, **SHORT}
+    make_runner(callbacks=[EndsAfter(2)], **settings).train()
+    stop = EndsAfter(2)
+    runner = make_runner(callbacks=[stop], resume_from_checkpoint=True, **settings)
+    assert runner.train().rounds == 2
+    assert len(stop.told) == 1  # of what it is told anew: the last round has been evaluated
 
 
 @pytest.mark.parametrize(
