@@ -247,7 +247,7 @@ def _delete_unused(folder: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
     return True
 
 
