@@ -149,11 +149,16 @@ def rows_by_value(dataset: Dataset, column: str | None, name: str) -> dict[Any, 
 
 
 def _dirichlet(groups: list[list[int]], num_clients: int, alpha: float, rng) -> list[list[int]]:
-    """Shares of each label drawn from `Dir(alpha)`; a client left without examples takes one from the largest."""
+    """
+    Shares of each label drawn from `Dir(alpha)`; a client left without examples takes one from the largest.
+
+    Where examples are not divisible by shares, one offset for all cuts decides (systematic sampling), so that each client
+    gets its share on average also of labels with few examples.
+    """
     shards: list[list[int]] = [[] for _ in range(num_clients)]
     for indices in groups:
         shares = rng.dirichlet([alpha] * num_clients)
-        cuts = (np.cumsum(shares)[:-1] * len(indices)).astype(int)
+        cuts = (np.cumsum(shares)[:-1] * len(indices) + rng.random()).astype(int)
         for shard, part in zip(shards, np.split(rng.permutation(indices), cuts), strict=True):
             shard.extend(part.tolist())
     for shard in shards:

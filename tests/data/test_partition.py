@@ -52,6 +52,17 @@ def test_dirichlet_is_more_skewed_with_smaller_alpha(labelled, make_args):
     assert largest_share(1000.0) < 0.45
 
 
+@pytest.mark.parametrize("of_a_label", [1, 2, 3])
+def test_dirichlet_deals_labels_with_few_examples_to_all(make_args, of_a_label):
+    """Each client has its share on average: 100 of 300, with a standard deviation of 8 at most at this alpha."""
+    dataset = Dataset.from_dict({"text": ["t"] * 300, "lang": [str(i // of_a_label) for i in range(300)]})
+    for seed in range(3):
+        args = make_args(
+            partition="dirichlet", partition_column="lang", dirichlet_alpha=100.0, num_clients=3, seed=seed
+        )
+        assert all(60 < len(part) < 140 for part in partition_dataset(dataset, args).values())
+
+
 def test_by_column_names_clients_after_the_values(labelled, make_args):
     parts = partition_dataset(labelled, make_args(partition="by-column", partition_column="lang"))
     assert list(parts) == ["c", "java", "rust"]
