@@ -1,5 +1,6 @@
 """Public text: one set or a mixture, in the form of the clients' text where it can be."""
 
+import math
 from collections.abc import Sequence
 
 from datasets import Dataset, concatenate_datasets
@@ -81,7 +82,11 @@ def _counts(lengths: Sequence[int], sources: Sequence[PublicSource], limit: int 
     shares = [weight / sum(weights) for weight in weights]
     total = min(length / share for length, share in zip(lengths, shares, strict=True))
     total = total if limit is None else min(total, limit)
-    counts = [min(length, round(share * total)) for length, share in zip(lengths, shares, strict=True)]
+    exact = [share * total + 1e-9 for share in shares]  # 0.29 * 100 is a little less than 29
+    counts = [math.floor(rows) for rows in exact]
+    by_rest = sorted(range(len(counts)), key=lambda place: counts[place] - exact[place])
+    for place in by_rest[: math.floor(sum(exact)) - sum(counts)]:
+        counts[place] += 1
     for source, share, count in zip(sources, shares, counts, strict=True):
         if count == 0 and limit != 0:
             raise ValueError(

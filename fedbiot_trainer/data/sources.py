@@ -1,11 +1,14 @@
 """Where texts come from: files, folders and the Hub, brought into one form, and held out."""
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import urlparse
 
+import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -13,10 +16,14 @@ from .names import COMPRESSED, DATA_FILES, check_path, file_kind, template_colum
 from .partition import rows_by_value
 
 
+NOT_SPACE = re.compile(r"\S")
+
+
 def read_dataset(name: str, config: str | None, split: str) -> Dataset:
     """
     Load one dataset: all of a file, or a split of what is on the Hub or in a folder. Cells of .csv and .tsv files are
-    text as it stands there: an empty one is an empty text, and "N/A" or "007" are what they are.
+    text as it stands there: an empty one is an empty text, and "N/A" or "007" are what they are. In .json and
+    .jsonl files dates are text too, and so are numbers where whole ones and decimals stand in one column.
 
     Raises:
         FileNotFoundError: If a path leads nowhere.
@@ -30,6 +37,8 @@ def read_dataset(name: str, config: str | None, split: str) -> Dataset:
     try:
         options = _text_cells(path, suffix) if DATA_FILES[suffix] == "csv" else {}
         dataset = load_dataset(DATA_FILES[suffix], data_files=path, split="train", **options)
+        if DATA_FILES[suffix] == "json":
+            dataset = _as_written(dataset, path)
     except (DatasetGenerationError, StopIteration, ValueError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, StopIteration | pd.errors.EmptyDataError) or re.search(
@@ -44,22 +53,72 @@ def read_dataset(name: str, config: str | None, split: str) -> Dataset:
 
 def _text_cells(path: str, suffix: str) -> dict:
     """Options of the reader of tables. It would guess types by what is in the first rows."""
-    compression = COMPRESSED.get(Path(urlparse(path).path).suffix.lower())
     options = {"sep": "\t" if suffix == ".tsv" else ","}
-    columns = pd.read_csv(path, nrows=0, compression=compression, **options).columns
-    return {**options, "na_filter": False, "features": Features({column: Value("string") for column in columns})}
+    head = pd.read_csv(path, nrows=1, compression=_compression(path), **options)
+    if len(head) and not isinstance(head.index, pd.RangeIndex):  # pandas takes the first cells as names of rows
+        raise ValueError(
+            f"its first row has more cells than there are columns: {', '.join(head.columns)}. Name them all in the first line"
+        )
+    features = Features({column: Value("string") for column in head.columns})
+    return {**options, "na_filter": False, "index_col": False, "features": features}
+
+
+def _compression(path: str) -> str | None:
+    return COMPRESSED.get(Path(urlparse(path).path).suffix.lower())
+
+
+def _as_written(dataset: Dataset, path: str) -> Dataset:
+    """The rows of a JSON file, with text again where its reader made times of text, or decimals of whole numbers."""
+    kinds = {field.name: field.type for field in dataset.data.schema}
+    times = {name for name, kind in kinds.items() if pa.types.is_temporal(kind)}
+    suspects = times.union(name for name, kind in kinds.items() if pa.types.is_floating(kind))
+    if not suspects:
+        return dataset
+    with fsspec.open(path, "rt", compression=_compression(path), encoding="utf-8-sig") as file:
+        text = file.read()
+    decoder, rows, start = json.JSONDecoder(parse_float=str), [], 0
+    while found := NOT_SPACE.search(text, start):
+        value, start = decoder.raw_decode(text, found.start())
+        rows.extend(value if isinstance(value, list) else [value])
+    if len(rows) != len(dataset) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"it has dates or decimals ({', '.join(sorted(suspects))}) and is no row after row, so that they cannot be taken "
+            "as they are written. Bring it into JSON lines"
+        )
+    order = dataset.column_names
+    for name in filter(suspects.__contains__, order):
+        cells = [row.get(name) for row in rows]
+        if name in times or any(isinstance(cell, int) for cell in cells):
+            cells = [None if cell is None else str(cell) for cell in cells]
+            dataset = dataset.remove_columns(name).add_column(name, cells, feature=Value("string"))
+    return dataset.select_columns(order)
 
 
 def _read_other(name, config, split) -> Dataset:
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file():
-        return DatasetDict.load_from_disk(str(path))[split]
+        splits = DatasetDict.load_from_disk(str(path))
+        if split not in splits:
+            raise _no_split(name, split, f"It has: {', '.join(splits)}.")
+        return splits[split]
     if (path / "state.json").is_file():
         return Dataset.load_from_disk(str(path))
-    dataset = load_dataset(str(path) if path.is_dir() else name, config, split=split)
+    try:
+        dataset = load_dataset(str(path) if path.is_dir() else name, config, split=split)
+    except ValueError as error:
+        if "Unknown split" in str(error):
+            raise _no_split(name, split, str(error)) from error
+        raise
     if len(dataset) == 0:
         raise ValueError(f"The split '{split}' of '{name}' has no row.")
     return dataset
+
+
+def _no_split(name: str, split: str, found: str) -> ValueError:
+    return ValueError(
+        f"'{name}' has no split '{split}'. {found} Name one with `dataset_train_split`, and with `dataset_test_split` for "
+        "evaluation, or hold out of one with `eval_fraction`."
+    )
 
 
 def keep_values(dataset: Dataset, column: str, values: list[str]) -> Dataset:
@@ -80,6 +139,12 @@ def hold_out(dataset: Dataset, fraction: float, column: str | None, seed: int) -
     rows = {"all": list(range(len(dataset)))} if column is None else rows_by_value(dataset, column, "dataset_name")
     rng = np.random.default_rng(seed)
     heldout: list[int] = []
+    empty = next((of_value for value, of_value in rows.items() if value is None), [])
+    if empty:
+        raise ValueError(
+            f"`partition_column` is '{column}', which is empty in {len(empty)} of the {len(dataset)} rows, so "
+            "`eval_fraction` cannot hold out of each value. Fill them, or leave them out with `partition_values`."
+        )
     for value, of_value in rows.items():
         count = round(fraction * len(of_value))
         if not 0 < count < len(of_value):

@@ -148,6 +148,8 @@ def test_mixture_keeps_its_fractions_and_takes_no_row_twice(file):
     public, _ = read(*mixed, limit=20)
     assert sources_of(public) == {"one": 15, "two": 5}
     assert sources_of(read(one, two, limit=26)[0]) == {"one": 20, "two": 6}
+    halves = [PublicSource(path, fraction=1) for path in (one, two)]
+    assert [len(read(*halves, limit=limit)[0]) for limit in (3, 7, 11)] == [3, 7, 11]
     with pytest.raises(ValueError, match="would have no example of '.*two.jsonl', whose share of 2 is 0.23. Raise"):
         read(one, two, limit=2)
 

@@ -58,6 +58,42 @@ def test_cells_are_text_as_it_stands(tmp_path):
     assert dataset[12_001] == {"a": "007", "b": "null", "c": "3.10"}
 
 
+@pytest.mark.parametrize("rows", ["Q1,A1,note\nQ2,A2,note", "Q1,A1,\nQ2,A2,", "1,A1,note\n2,A2"])
+def test_tables_with_a_cell_more_than_columns(tmp_path, rows):
+    """Of which pandas would make names of rows, and shift all cells."""
+    with pytest.raises(ValueError, match=r"first row has more cells than there are columns: prompt, completion"):
+        read(tmp_path, "a.csv", f"prompt,completion\n{rows}\n")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_json_is_text_as_it_stands(tmp_path, name):
+    rows = [
+        '{"date": "2024-01-01", "at": "10:30:00", "n": 1, "half": 0.5, "text": "2024"}',
+        '{"date": "2024-01-02 10:00:00", "n": 2.50, "half": 1.50, "text": "\u2028 1"}',
+        '{"n": 12345678901234567890, "half": null, "text": "x"}',
+    ]
+    content = f"\ufeff[{','.join(rows)}]" if name == "a.json" else "\n".join(rows) + "\n\n"
+    dataset = read(tmp_path, name, gzip.compress(content.encode()) if name.endswith("gz") else content)
+    assert dataset["date"][:] == ["2024-01-01", "2024-01-02 10:00:00", None]
+    assert dataset["n"][:] == ["1", "2.50", "12345678901234567890"]
+    assert dataset["half"][:] == [0.5, 1.5, None]  # numbers, which a template may format
+    assert dataset["text"][:] == ["2024", "\u2028 1", "x"] and dataset["at"][:] == ["10:30:00", None, None]
+    assert dataset.column_names == ["date", "at", "n", "half", "text"]
+    assert to_examples(dataset, ("{n}", "{date}"), None, 0, name)["completion"][:2] == dataset["date"][:2]
+
+
+@pytest.mark.parametrize("split", ["training", "test"])
+def test_splits_that_are_not_there(tmp_path, split):
+    DatasetDict(train=sums(0, 2), validation=sums(2, 3)).save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_bytes(JSONL)
+    for name in ("saved", "folder"):
+        with pytest.raises(
+            ValueError, match=rf"{name}' has no split '{split}'.*train.*dataset_test_split.*eval_fraction"
+        ):
+            read_dataset(str(tmp_path / name), None, split)
+
+
 @pytest.mark.parametrize(
     "name, content",
     [("a.jsonl", ""), ("a.csv", ""), ("a.csv", "prompt,completion\n"), ("a.txt", ""), ("a.json", "[]"), ("a.tsv", "")],
@@ -145,3 +181,9 @@ def test_mixed_cells_are_named(tmp_path):
         (TypeError, ValueError), match="client 'a' has 2 in row 1, column `completion`, which is no text"
     ):
         check_texts(dataset, "client 'a'")
+
+
+def test_rows_without_a_label_are_not_held_out_by_it():
+    dataset = Dataset.from_dict({"text": list("abcde"), "lang": ["x", "x", None, "y", "y"]})
+    with pytest.raises(ValueError, match="`partition_column` is 'lang', which is empty in 1 of the 5 rows"):
+        hold_out(dataset, 0.5, "lang", 0)
