@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 BATCH = 10_000  # rows
+ROWS_ARE_DICTS = (None, "torch", "numpy", "custom")  # formats of a dataset
 IGNORED = -100  # label of a token that is not trained on
 
 
@@ -24,7 +25,7 @@ def check_texts(dataset: Dataset, name: str, text_field: str = "text"):
 
     Raises:
         TypeError: If it is no `Dataset`, or a column holds something else than text.
-        ValueError: If it has no row, none of the forms, or a row is empty (`None`; an empty string is text).
+        ValueError: If it has no row, none of the forms, a format without dicts for rows, or a row is empty (`None`; an empty string is text).
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -32,6 +33,11 @@ def check_texts(dataset: Dataset, name: str, text_field: str = "text"):
         )
     if len(dataset) == 0:
         raise ValueError(f"{subject(name)} is empty: it has no row.")
+    kind = dataset.format["type"]
+    if kind not in ROWS_ARE_DICTS:
+        raise ValueError(
+            f"{subject(name)} has the format '{kind}', in which a row is no dict. Pass it `.with_format(None)`."
+        )
     for column in text_columns(dataset, name, text_field):
         _check_column(dataset, name, column)
 
@@ -85,9 +91,12 @@ def check_chat_template(dataset: Dataset, name: str, tokenizer: PreTrainedTokeni
 
 
 def without_other_forms(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
-    """Leave out text columns that are not of the dataset's form: TRL would put end tokens into one of them instead."""
+    """
+    Leave out columns that are not of the dataset's form: other text, one of which TRL would put end tokens into instead, and
+    what belongs to tokens alone, which it would keep beside those it makes (`labels` are often classes).
+    """
     used = text_columns(dataset, name, text_field)
-    known = {"prompt", "completion", "messages", "conversations", text_field}
+    known = {"prompt", "completion", "messages", "conversations", text_field, "labels", "assistant_masks"}
     others = [column for column in dataset.column_names if column in known.difference(used)]
     return dataset.remove_columns(others) if used and others else dataset
 

@@ -98,6 +98,25 @@ def test_one_form_is_left():
     assert without_other_forms(dataset, "a").column_names == ["prompt", "completion", "topic"]
 
 
+@pytest.mark.trains
+@pytest.mark.parametrize("labels", [1, "cat", [1, 2, 3]], ids=["class", "name", "several"])
+def test_classes_are_no_labels_of_tokens(make_alignment, labels):
+    """TRL would keep a column `labels`, and fail at it in the first batch at the latest."""
+    plain = make_alignment(sums(0, 4)).train_dataset
+    given = sums(0, 4).add_column("labels", [labels] * 12).add_column("assistant_masks", [[1] * 4] * 12)
+    prepared = make_alignment(given).train_dataset
+    assert prepared["labels"][:] == plain["labels"][:] and prepared["input_ids"][:] == plain["input_ids"][:]
+    tokens = plain.select_columns(["input_ids", "labels"])  # of which they are
+    assert make_alignment(tokens).train_dataset["labels"][:] == plain["labels"][:]
+
+
+@pytest.mark.parametrize("kind", ["pandas", "arrow"])
+def test_formats_without_rows(kind):
+    with pytest.raises(ValueError, match=f"`eval_dataset` has the format '{kind}'.*with_format.None"):
+        check_texts(sums(0, 2).with_format(kind), "`eval_dataset`")
+    check_texts(sums(0, 2).with_format("torch"), "`eval_dataset`")
+
+
 def test_blank_rows():
     dataset = Dataset.from_dict({"prompt": ["", "a", " "], "completion": ["b", " \n", ""]})
     assert blank_rows(dataset, ("completion",)) == {1, 2}
