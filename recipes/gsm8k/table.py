@@ -25,7 +25,8 @@ def main(folders: list[str]):
             record = json.loads(line)
             for model in ("adap_emu", "adap_fu"):
                 for metric in METRICS:
-                    cells[record["server_round"], beta, model, metric].append(record[f"{model}_{metric}"])
+                    if record[f"{model}_{metric}"] is not None:  # not each round is evaluated
+                        cells[record["server_round"], beta, model, metric].append(record[f"{model}_{metric}"])
     betas = sorted({key[1] for key in cells})
     columns = [(beta, model) for beta in betas for model in ("adap_emu", "adap_fu")]
     names = {"adap_emu": "AdapEmu", "adap_fu": "AdapFu"}

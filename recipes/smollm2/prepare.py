@@ -97,8 +97,8 @@ def only_step(question: str, answer: str) -> str | None:
     """`8 - 3`: two numbers of the question, in its order where it does not matter, and what makes the answer of them."""
     numbers = [number.replace(",", "") for number in NUMBER.findall(question)]
     for one, other in combinations(numbers, 2):
-        for a, name, b in product((one, other), STEPS, (one, other)):
-            if a is not b and (name != "/" or float(b)) and isclose(STEPS[name](float(a), float(b)), float(answer)):
+        for (a, b), name in product(((one, other), (other, one)), STEPS):
+            if (name != "/" or float(b)) and isclose(STEPS[name](float(a), float(b)), float(answer)):
                 return f"{a} {name} {b}"
     return None
 

@@ -1,4 +1,5 @@
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -12,7 +13,8 @@ import pytest
 import fedbiot_trainer
 
 
-METRICS = Path(fedbiot_trainer.__file__).parent / "evaluation" / "metrics"
+ROOT = Path(fedbiot_trainer.__file__).parents[1]
+METRICS = ROOT / "fedbiot_trainer" / "evaluation" / "metrics"
 
 
 def load(name):
@@ -20,6 +22,12 @@ def load(name):
 
 
 # ---- loading
+
+
+def test_documents_name_their_folder():
+    texts = [path.read_text() for path in (ROOT / "docs" / "metrics.md", *METRICS.glob("*/*.py"))]
+    named = {path for text in texts for path in re.findall(r"evaluate\.load\(\"(.*?)\"\)", text)}
+    assert len(named) == 3 and all((ROOT / path / f"{Path(path).name}.py").is_file() for path in named)
 
 
 @pytest.mark.parametrize("name", ["exact_match", "gsm8k_accuracy", "pass_at_k"])

@@ -383,3 +383,19 @@ def test_wrong_arguments(recipe, tmp_path, arguments, message):
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", *arguments]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         cli.train(*cli.make_parser().parse_args_and_config(recipe.with_default_config(flags)))
+
+
+def test_table_of_runs_that_were_not_evaluated_in_each_round(tmp_path):
+    scores = {
+        "adap_emu_loss": 2.0,
+        "adap_fu_loss": 1.0,
+        "adap_emu_token_accuracy": 0.25,
+        "adap_fu_token_accuracy": 0.5,
+    }
+    rounds = [{"server_round": 1, **dict.fromkeys(scores)}, {"server_round": 2, **scores}]
+    summary = {"settings": {"emulator_drop_ratio": 0.5}, "zero_shot": {"loss": 3.0, "token_accuracy": 0.0}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "rounds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in rounds))
+    command = [sys.executable, ROOT / "recipes" / "gsm8k" / "table.py", tmp_path]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed[-2:] == ["| zero-shot |  | 3.000 (0.0%) |", "| 2 | 2.000 (25.0%) | 1.000 (50.0%) |"]

@@ -270,6 +270,8 @@ def test_rouge_l_of_nothing():
         ("0.5 of 3", "3.5", "0.5 + 3"),
         ("2 and 5 and 4", "9", "5 + 4"),
         ("0 of 4 are left", "0", "0 * 4"),
+        ("5 apples and 5 pears", "10", "5 + 5"),
+        ("12 apples and 12 pears", "24", "12 + 12"),
         ("2, then 5, then 4", "11", None),
         ("7 pens", "7", None),
     ],

@@ -23,7 +23,7 @@ Raises:
     ValueError: If there are no predictions.
 
 Examples:
-    >>> metric = evaluate.load("fedbiot_trainer/metrics/exact_match")
+    >>> metric = evaluate.load("fedbiot_trainer/evaluation/metrics/exact_match")
     >>> metric.compute(predictions=[" 18", "eighteen"], references=["18", "18"])
     {'exact_match': 0.5}
 """

@@ -38,7 +38,7 @@ Raises:
     ValueError: If there are no predictions, or a reference has no final answer.
 
 Examples:
-    >>> metric = evaluate.load("fedbiot_trainer/metrics/gsm8k_accuracy")
+    >>> metric = evaluate.load("fedbiot_trainer/evaluation/metrics/gsm8k_accuracy")
     >>> metric.compute(predictions=["16 - 7 = 9, 9 * 2 = $18."], references=["She sells 9 eggs for $2. #### 18"])
     {'gsm8k_accuracy': 1.0}
 """

@@ -74,7 +74,7 @@ Raises:
 
 Examples:
     >>> os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    >>> metric = evaluate.load("fedbiot_trainer/metrics/pass_at_k")
+    >>> metric = evaluate.load("fedbiot_trainer/evaluation/metrics/pass_at_k")
     >>> programs = [["def add(a, b):\\n    return a * b", "def add(a, b):\\n    return a + b"]]
     >>> metric.compute(predictions=programs, references=["assert add(2, 3) == 5"], k=[1, 2])
     {'pass_at_1': 0.5, 'pass_at_2': 1.0}
