@@ -26,10 +26,10 @@ KINDS = {"dataset_streaming": bool | None, "eval_fraction": float | None, "publi
 LISTS = ("client_datasets", "partition_values", "public_dataset_name", "public_fractions")
 
 
-def check_early(argv: list[str]):
+def check_early(argv: list[str], are_remote: bool = False):
     """
-    Check what can be checked of the flags of `fedbiot train`, and of the YAML that they name. What is no flag or no value
-    is left to the parser.
+    Check what can be checked of the flags of `fedbiot train`, or of `fedbiot serve` if clients `are_remote`, and of the YAML
+    that they name. What is no flag or no value is left to the parser.
 
     Raises:
         FileNotFoundError: If a dataset or a model is a path that leads nowhere.
@@ -49,7 +49,7 @@ def check_early(argv: list[str]):
         check_kind(name, sources[name], kind)
     sources["public_dataset_split"] = given.get("public_dataset_split", "train")
     args = SimpleNamespace(**sources)
-    check_sources(args)
+    check_sources(args, are_remote)
     for name in ("dataset_name", "eval_dataset_name"):
         if sources[name] is not None:
             check_path(sources[name])

@@ -9,6 +9,7 @@ several processes.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import sys
@@ -16,16 +17,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..config import FedBiOTConfig
 from ..data.sources import read_dataset, to_examples
 from ..engines.errors import check_installed
 from ..engines.site import Site, SiteLimits
 from ..shared.texts import check_texts
 from ..wire.plan import SITES
+from .early import read_yaml
 
 
 PROCESS = "fedbiot_trainer.engines.nvflare.site"
+SHARDING = ("deepspeed", "fsdp", "fsdp_config", "accelerator_config")
 LIMITS = [field.name for field in fields(SiteLimits)]
 EXCHANGED = """\
 receives  once: the emulator package, at most {max_package_gb:g} GB; each round: two LoRAs and what to do
@@ -39,9 +41,9 @@ def read_settings(file: Path | None) -> dict[str, Any]:
     What a site's YAML says.
 
     Raises:
-        FileNotFoundError, ValueError: If there is none, or it has what is not a site's to decide.
+        FileNotFoundError, ValueError: If there is none, or it has what is not a site's to decide, or of another kind.
     """
-    settings = {} if file is None else yaml.safe_load(file.read_text()) or {}
+    settings = {} if file is None else read_yaml(str(file))
     allowed = {*SITES, *LIMITS, "accelerate_config"} - {"output_dir"}
     unknown = sorted(settings.keys() - allowed)
     if unknown:
@@ -49,6 +51,12 @@ def read_settings(file: Path | None) -> dict[str, Any]:
             f"`config` is '{file}', which sets {', '.join(unknown)}, but that is not a site's to decide. It may set "
             f"{', '.join(sorted(allowed))}."
         )
+    launcher = settings.get("accelerate_config")
+    if launcher is not None and not Path(launcher).is_file():
+        raise FileNotFoundError(f"`accelerate_config` is '{launcher}', but there is no such file.")
+    # How the site's processes share their work is for these to find out.
+    alone = {name: value for name, value in settings.items() if name in SITES and name not in SHARDING}
+    FedBiOTConfig(output_dir="site", report_to="none", **alone)
     return settings
 
 
@@ -62,6 +70,26 @@ def _site_of(spec: dict[str, Any]) -> Site:
     limits = {name: value for name, value in spec["settings"].items() if name in LIMITS}
     settings = {name: value for name, value in spec["settings"].items() if name not in LIMITS}
     return Site(spec["name"], spec["folder"], dataset, SiteLimits(**limits), **settings)
+
+
+def _claim(folder: Path):
+    """
+    Keep a second process of the site away, which NVFlare would take turns with, for as long as this one lives, also as the
+    programs that it becomes.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(
+            f"`folder` is '{folder}', with which this site is taking part already. Stop that (`startup/stop_fl.sh` in the kit, and "
+            "wait until it has ended) before it joins again."
+        ) from None
+    os.set_inheritable(lock, True)
 
 
 def main(argv: list[str] | None = None):
@@ -82,8 +110,6 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--check_only", action="store_true", help="Say what would be done, and end.")
     args = parser.parse_args(argv)
     kit = args.kit.absolute()
-    if not (kit / "startup" / "sub_start.sh").is_file():
-        raise FileNotFoundError(f"`kit` is '{args.kit}', but that is no startup kit of a site. Ask the owner for it.")
     name = check_site_kit(kit)
     settings = read_settings(args.config)
     launcher = settings.pop("accelerate_config", None)
@@ -93,12 +119,18 @@ def main(argv: list[str] | None = None):
             "templates": [args.prompt_template, args.completion_template]}  # fmt: skip
     site = _site_of(spec)
     check_texts(site.train_dataset, f"`data` ('{args.data}')", settings.get("dataset_text_field", "text"))
+    if len(site.train_dataset) < site.limits.min_examples:
+        raise ValueError(
+            f"`min_examples` is {site.limits.min_examples:,}, but '{args.data}' has {len(site.train_dataset):,}, so this site would "
+            "refuse each round. Lower it, or take part when there are more."
+        )
     sys.stdout.write(f"site {name}: {len(site.train_dataset):,} examples of {args.data}\n")
     sys.stdout.write(EXCHANGED.format(max_package_gb=site.limits.max_package_gb))
     sys.stdout.flush()
     if args.check_only:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     (folder / "site.json").write_text(json.dumps(spec, indent=2))
     launch = ["accelerate.commands.launch", "--config_file", str(Path(launcher).absolute()), "-m"] if launcher else []
     command = [sys.executable, "-m", *launch, PROCESS, f"{__name__}:{make_site.__name__}", str(folder / "site.json")]

@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None):
     if argv and argv[0] in COMMANDS:
         command = f"fedbiot {argv[0]}"
         try:
-            if argv[0] == "train":
-                check_early(argv[1:])
+            if argv[0] in ("train", "serve"):
+                check_early(argv[1:], are_remote=argv[0] == "serve")
             importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
         except Exception as error:
             end_with_error(command, error)

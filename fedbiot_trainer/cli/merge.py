@@ -22,7 +22,7 @@ from ..config.settings import ALL_LAYERS
 from ..server.split import LayerSplit, choose_split
 from ..shared.lora_state import load_lora, set_lora_state
 from ..shared.quantized import refuse_merging_quantized
-from ..wire.package import MANIFEST, EmulatorPackage, check_package, load_model
+from ..wire.package import MANIFEST, EmulatorPackage, load_model, read_manifest
 
 
 def merge(
@@ -129,7 +129,7 @@ def _plug_in(model: PreTrainedModel, folder: Path, package: str | Path | None) -
 
 def _split_of(package: str | Path, model: PreTrainedModel) -> LayerSplit:
     """The split of a full model that made a package, as far as its adapter layers go: which were dropped, it hides."""
-    manifest = json.loads(check_package(package).read_text())
+    manifest = read_manifest(package)
     top, bottom = manifest["num_adapter_layers"], manifest.get("num_adapter_layers_bottom", 0)
     number = AutoConfig.from_pretrained(package).get_text_config().num_hidden_layers
     if number == top:

@@ -31,6 +31,7 @@ from .train import FederatedScriptArguments, make_parser, prepare
 
 
 ENDED_FROM_OUTSIDE = "NVFlare ends the run. Its state is on disk.\n"
+ABNORMAL = "FINISHED:ABNORMAL"  # a process of NVFlare's own has failed, and so not by an error of the run's
 POLL = 1.0  # seconds between two looks at the run
 MAX_RESTARTS = 3
 
@@ -59,15 +60,19 @@ def run(carrier: Carrier, argument: str):
     order = json.loads(Path(argument).read_text())
     os.chdir(order["folder"])
     prepared = _prepare(order["flags"])
-    runner = FederatedRunner(
-        **prepared,
-        remote_clients=lambda package: RemoteClients(carrier, package, order["min_sites"], order["patience"]),
-    )
-    runner.folder.path.mkdir(parents=True, exist_ok=True)
-    with (runner.folder.path / LOG).open("a", buffering=1) as log:
-        runner.console = Console(file=log, width=120)
-        runner.interruption.is_ending = carrier.is_ending
+    folder = Path(prepared["args"].output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a", buffering=1) as log:
+
+        def pool(package: Path) -> RemoteClients:
+            clients = RemoteClients(carrier, package, order["min_sites"], order["patience"])
+            clients.on_wait = lambda line: print(line, file=log)
+            return clients
+
         try:
+            runner = FederatedRunner(**prepared, remote_clients=pool)
+            runner.console = Console(file=log, width=120)
+            runner.interruption.is_ending = carrier.is_ending
             runner.train()
         except RunInterrupted:
             log.write(ENDED_FROM_OUTSIDE)
@@ -124,16 +129,22 @@ def _serve(session, order: dict, run: ServedRun):
             file = Path(folder, "order.json")
             file.write_text(json.dumps(order))
             job = session.submit_job(str(write_job(Path(folder, "job"), f"{__name__}:run", str(file))))
+            before = shown
             status, shown = _follow(session, job, log, shown, run)
         if status == "FINISHED:COMPLETED":
             return
         if run.was_stopped:  # after the last look at it
             raise RunInterrupted(signal.SIGTERM)
-        # NVFlare ends a job when it loses a process of its own at one site.
-        if restarts == MAX_RESTARTS or not log.is_file() or not log.read_text().endswith(ENDED_FROM_OUTSIDE):
+        # NVFlare ends a job when it loses a process of its own at one site, or cannot start one there.
+        has_begun = shown > before
+        was_ended = log.read_text().endswith(ENDED_FROM_OUTSIDE) if has_begun else status == ABNORMAL
+        if restarts == MAX_RESTARTS or not was_ended:
             break
-        sys.stdout.write("NVFlare has ended the run. It goes on from its state.\n")
-        order["flags"] = [*flags, "--resume_from_checkpoint", "true"]
+        if has_begun:
+            sys.stdout.write("NVFlare has ended the run. It goes on from its state.\n")
+            order["flags"] = [*flags, "--resume_from_checkpoint", "true"]
+        else:
+            sys.stdout.write("NVFlare has ended the run before it began. It is submitted again.\n")
     raise RuntimeError(
         f"The run ended as {status}. The server's log in its kit says more. If there is a state in the run's folder, it can go on "
         "with `--resume_from_checkpoint true`."

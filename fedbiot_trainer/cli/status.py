@@ -14,6 +14,9 @@ from ..engines.errors import check_installed
 from ..engines.nvflare.administrator import LOG, ServedRun, administrator_kit, open_session, running_jobs
 
 
+SILENT = 60.0  # seconds; a site sends a sign of life every few
+
+
 def main(argv: list[str] | None = None):
     """Say what is going on."""
     check_installed("nvflare", "nvflare")
@@ -29,11 +32,17 @@ def main(argv: list[str] | None = None):
         session.close()
     lines = [f"server  up since {_clock(system.server_info.start_time)}"]
     for site in sorted(system.client_info, key=lambda client: client.name):
-        lines.append(f"site    {site.name}: connected, last heard of at {_clock(site.last_connect_time)}")
+        lines.append(f"site    {site.name}: {_connection(site.last_connect_time)}")
     if not system.client_info:
         lines.append("site    none is connected")
     lines += [f"run     {line}" for line in _describe(ServedRun.find(kit), bool(jobs))]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _connection(last_heard: float | None) -> str:
+    is_silent = last_heard is None or time.time() - last_heard > SILENT
+    how = "not heard of for more than a minute" if is_silent else "connected"
+    return f"{how}, last heard of at {_clock(last_heard)}"
 
 
 def _describe(run: ServedRun | None, is_going_on: bool) -> list[str]:

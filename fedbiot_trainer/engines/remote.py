@@ -66,16 +66,27 @@ class RemoteClients:
         self.min_sites, self.patience = min_sites, patience
         self.bytes_delivered = 0
         self.on_client: Callable[[str], None] = lambda name: None  # told who has answered
+        self.on_wait: Callable[[str], None] = lambda line: None  # told of a wait for sites
         self._digests: dict[tuple[str, int, int], str] = {}
         self._ready: set[str] = set()
         self._waited = False  # in vain, for a site that has left
         self._known: set[str] = set()  # sites that have been ready
 
     def names(self) -> list[str]:
-        deadline = time.monotonic() + (0.0 if self._waited else self.patience)
-        while len(sites := self.carrier.sites()) < self.min_sites and time.monotonic() < deadline:
+        if not self._digests:  # what no site would take is said before the alignment
+            PackageList.of(self.package, self._digests)
+        began = time.monotonic()
+        patience, told = 0.0 if self._waited else self.patience, False
+        while len(sites := self.carrier.sites()) < self.min_sites and time.monotonic() < began + patience:
+            if not told:
+                self.on_wait(f"waiting for {self.min_sites} sites, {patience:g} s at most; there: {_listed(sites)}")
+                told = True
             time.sleep(POLL)
         self._waited = len(sites) < self.min_sites
+        if self._waited:
+            self.on_wait(f"going on with {len(sites)} of {self.min_sites} sites: {_listed(sites)}")
+        elif told:
+            self.on_wait(f"all {self.min_sites} sites are there after {time.monotonic() - began:.0f} s")
         return sorted(sites)
 
     def fit(self, starts: Mapping[str, bytes], timeout: float | None) -> Iterator[Reply]:
@@ -127,6 +138,10 @@ class RemoteClients:
             if reply.error is not None:
                 errors[reply.client] = reply.error
         return errors
+
+
+def _listed(sites: list[str]) -> str:
+    return ", ".join(sorted(sites)) or "none"
 
 
 class _Part(Mapping[str, bytes]):

@@ -11,6 +11,7 @@ from transformers import PrinterCallback
 
 from ..client.client import FederatedClient
 from ..client.trainer import ClientSFTTrainer
+from ..config.kinds import check_kinds
 from ..federation.interruption import Interruption
 from ..federation.pool import ClientTimeout, Deadline
 from ..output.progress import no_progress_bars
@@ -39,6 +40,9 @@ class SiteLimits:
     max_local_steps: int | None = None
     max_round_seconds: float | None = None
     max_package_gb: float = 100.0
+
+    def __post_init__(self):
+        check_kinds(self, [SiteLimits])
 
 
 class Site:

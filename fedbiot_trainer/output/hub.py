@@ -1,16 +1,23 @@
 """The result on the Hugging Face Hub."""
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+
 def push_folder(
     folder: Path, args: TrainingArguments, repo_id: str | None, private: bool | None, token: str | None
 ) -> str:
     """
-    Upload a folder to a model repository, which is made if it is not there.
+    Upload a PEFT folder to a model repository, which is made if it is not there. A base model that is a folder of this machine
+    is not named in it: nobody else has it there.
 
     Args:
         folder (`Path`): What to upload.
@@ -20,7 +27,13 @@ def push_folder(
         `str`: Address of the commit.
     """
     api, repo_id = make_repository(args, repo_id, private, token)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=args.hub_revision))
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(shutil.copytree(folder, Path(place, folder.name)))
+        config = json.loads((copy / ADAPTER_CONFIG).read_text())
+        if Path(config["base_model_name_or_path"] or "").is_dir():
+            config["base_model_name_or_path"] = None
+            (copy / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+        return str(api.upload_folder(repo_id=repo_id, folder_path=copy, revision=args.hub_revision))
 
 
 def make_repository(

@@ -71,7 +71,7 @@ class RunFolder:
         if not is_main_process() or self._lock is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
+        lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -128,7 +130,9 @@ def save_lora(folder: str | Path, config: LoraConfig, state: LoraState, base_mod
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     config.save_pretrained(folder)
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "adapter_model.safetensors")
+    weights = folder / "adapter_model.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, weights)
+    shutil.copymode(folder / "adapter_config.json", weights)  # which safetensors lets nobody else read
 
 
 def load_lora(folder: str | Path) -> tuple[LoraConfig, LoraState]:
@@ -137,7 +141,11 @@ def load_lora(folder: str | Path) -> tuple[LoraConfig, LoraState]:
 
     Raises:
         FileNotFoundError: If it is not one.
+        ValueError: If it is damaged.
     """
     folder = Path(folder)
-    json.loads((folder / "adapter_config.json").read_text())
-    return LoraConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+        return LoraConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"The LoRA in '{folder}' cannot be read ({error}). Copy it again.") from error

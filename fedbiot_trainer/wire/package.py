@@ -2,10 +2,13 @@
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..shared.lora_state import CLIENT, EMULATOR, LoraState, add_loras, load_lora, save_lora, set_lora_state
@@ -17,13 +20,19 @@ MANIFEST = "fedbiot.json"
 SCHEMA_VERSION = 1
 
 
-def load_model(name: str | Path, **model_init_kwargs) -> PreTrainedModel:
+def load_model(name: str | Path, is_whole: bool = False, **model_init_kwargs) -> PreTrainedModel:
     """
     `AutoModelForCausalLM.from_pretrained`, for training.
 
+    Args:
+        name (`str` or `Path`): The model.
+        is_whole (`bool`, *optional*, defaults to `False`): Whether it must have all weights. Those that are missing are new
+            otherwise, which is for transformers to tell.
+        **model_init_kwargs: Passed on.
+
     Raises:
         ImportError: If the model is quantized with a library that is not installed.
-        ValueError: If the folder holds a PEFT adapter and no model.
+        ValueError: If the folder holds a PEFT adapter and no model, or its weights are damaged or not all there.
     """
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
         raise ValueError(
@@ -31,7 +40,9 @@ def load_model(name: str | Path, **model_init_kwargs) -> PreTrainedModel:
             "adapter merged into it (`merge_and_unload()`)."
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **model_init_kwargs)
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **model_init_kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in '{name}' cannot be read ({error}). Copy them again.") from error
     except ModuleNotFoundError as error:
         # transformers tells it of the other libraries.
         if (error.name or "").partition(".")[0] != "torchao":
@@ -39,17 +50,38 @@ def load_model(name: str | Path, **model_init_kwargs) -> PreTrainedModel:
         raise ImportError(
             f"'{name}' is quantized with torchao, which is not installed: `pip install torchao`"
         ) from error
+    missing = sorted(found["missing_keys"])
+    if is_whole and missing:
+        raise ValueError(
+            f"'{name}' lacks weights: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Copy the folder again."
+        )
     keep_weight_layout(model)
     return model
 
 
-def check_package(folder: str | Path) -> Path:
-    """The manifest of an emulator package. Raises `FileNotFoundError` if `folder` is none."""
-    manifest = Path(folder) / MANIFEST
-    if not manifest.is_file():
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """
+    What an emulator package says of itself.
+
+    Raises:
+        FileNotFoundError: If `folder` is none.
+        ValueError: If it is damaged, or another version of this library wrote it.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
         raise FileNotFoundError(
             f"'{folder}' is not an emulator package: it has no {MANIFEST}. The server writes one to "
             "`output_dir/emulator_package`."
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        version, _ = manifest["schema_version"], manifest["num_adapter_layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{file}' is damaged ({error}). Copy the package again.") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"The emulator package '{folder}' has schema version {version}, this library reads {SCHEMA_VERSION}. Install the "
+            "version of fedbiot-trainer that the server uses."
         )
     return manifest
 
@@ -91,10 +123,15 @@ class EmulatorPackage:
         # transformers cannot take back the conversions of quantized weights to another checkpoint format.
         quantized = getattr(self.model, "hf_quantizer", None) is not None
         self.model.save_pretrained(folder, state_dict=state, save_original_format=not quantized)
+        for weights in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", weights)  # which safetensors lets nobody else read
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         manifest = {"schema_version": SCHEMA_VERSION, "num_adapter_layers": self.num_adapter_layers}
-        manifest |= {"num_adapter_layers_bottom": self.num_adapter_layers_bottom}
+        manifest |= {
+            "num_adapter_layers_bottom": self.num_adapter_layers_bottom,
+            "emulator_lora": self.emulator_config is not None,
+        }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         self.save_loras(folder)
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -115,17 +152,14 @@ class EmulatorPackage:
             **model_init_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...).
 
         Raises:
-            FileNotFoundError: If the folder is not an emulator package.
-            ValueError: If a newer version of this library wrote it.
+            FileNotFoundError: If the folder is not an emulator package, or lacks a part of one.
+            ValueError: If it is damaged or lacks weights, or another version of this library wrote it.
         """
         folder = Path(folder)
-        manifest = json.loads(check_package(folder).read_text())
-        if manifest["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(
-                f"The emulator package '{folder}' has schema version {manifest['schema_version']}, this library reads "
-                f"{SCHEMA_VERSION}. Install the version of fedbiot-trainer that the server uses."
-            )
-        model = load_model(folder, **model_init_kwargs)
+        manifest = read_manifest(folder)
+        if manifest.get("emulator_lora") and not (folder / "emulator_lora").is_dir():
+            raise FileNotFoundError(f"The emulator package '{folder}' has no emulator_lora/ any more. Copy it again.")
+        model = load_model(folder, is_whole=True, **model_init_kwargs)
         client_config, client_lora = load_lora(folder / "client_lora")
         emulator_config: LoraConfig | None = None
         emulator_lora: LoraState = {}

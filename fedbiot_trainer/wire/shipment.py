@@ -11,7 +11,8 @@ from .frame import PayloadError, encode, shown, unpack
 
 # What a package is made of: nothing that could run, nothing outside its folder.
 FILE_NAME = re.compile(
-    r"((client|emulator)_lora/)?\w[\w\-]*(\.[\w\-]+)*\.(safetensors|json|jinja|txt|model|md)", re.ASCII
+    r"((client|emulator)_lora/|additional_chat_templates/)?\w[\w\-]*(\.[\w\-]+)*\.(safetensors|json|jinja|txt|model|md)",
+    re.ASCII,
 )
 MAX_NAME = 200  # characters
 MAX_FILES = 300

@@ -17,6 +17,7 @@ from fedbiot_trainer.cli.status import main as status
 from fedbiot_trainer.cli.stop import main as stop
 from fedbiot_trainer.engines.errors import check_installed
 from fedbiot_trainer.engines.nvflare.administrator import ServedRun
+from fedbiot_trainer.engines.site import SiteLimits
 
 
 @pytest.mark.parametrize("command", ["provision", "serve", "join", "status", "stop", "revoke"])
@@ -59,8 +60,43 @@ def test_a_site_may_not_set(tmp_path, name):
 
 def test_a_sites_yaml(tmp_path):
     assert read_settings(None) == read_settings(settings_of(tmp_path)) == {}
-    settings = {"use_cpu": True, "max_local_steps": 3, "accelerate_config": "ddp.yaml"}
+    (tmp_path / "ddp.yaml").write_text("")
+    settings = {"use_cpu": True, "max_local_steps": 3, "accelerate_config": str(tmp_path / "ddp.yaml")}
     assert read_settings(settings_of(tmp_path, **settings)) == settings
+
+
+@pytest.mark.parametrize(
+    "settings, error",
+    [
+        (
+            {"per_device_train_batch_size": "four"},
+            "`per_device_train_batch_size` is 'four', but it must be a whole number",
+        ),
+        ({"use_cpu": True, "bf16": True, "fp16": True}, "fp16"),
+        ({"accelerate_config": "nowhere.yaml"}, "`accelerate_config` is 'nowhere.yaml', but there is no such file"),
+    ],
+    ids=["kind", "both", "launcher"],
+)
+def test_settings_with_which_a_site_could_not_train(tmp_path, settings, error):
+    with pytest.raises((FileNotFoundError, ValueError), match=error):
+        read_settings(settings_of(tmp_path, **settings))
+
+
+@pytest.mark.parametrize("text, error", [("a: [", "which is no YAML"), ("- a", "which has no settings")])
+def test_a_sites_file_that_is_none(tmp_path, text, error):
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(ValueError, match=error):
+        read_settings(tmp_path / "site.yaml")
+    with pytest.raises(FileNotFoundError, match="`config` is '.*gone.yaml', but there is no such file"):
+        read_settings(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("max_local_steps", "many"), ("min_examples", "200"), ("max_round_seconds", "soon")]
+)
+def test_limits_of_another_kind(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is '{value}', but it must be"):
+        SiteLimits(**{name: value})
 
 
 needs_nvflare = pytest.mark.usefixtures("nvflare")
@@ -73,7 +109,9 @@ def nvflare():
 
 @needs_nvflare
 def test_a_site_says_what_it_would_do(kit, tmp_path, capsys, monkeypatch):
-    config = settings_of(tmp_path, use_cpu=True, max_package_gb=2.5, accelerate_config="ddp.yaml")
+    (tmp_path / "ddp.yaml").write_text("")
+    launcher = str(tmp_path / "ddp.yaml")
+    config = settings_of(tmp_path, use_cpu=True, max_package_gb=2.5, accelerate_config=launcher)
     flags = ["--kit", str(kit), "--data", str(tmp_path / "private.jsonl"), "--config", str(config)]
     join([*flags, "--check_only"])
     said = capsys.readouterr().out
@@ -90,18 +128,61 @@ def test_a_site_says_what_it_would_do(kit, tmp_path, capsys, monkeypatch):
     assert (site.name, site.limits.max_package_gb, site.settings) == ("clinic", 2.5, {"use_cpu": True})
     assert len(site.train_dataset) == 12
 
+    with pytest.raises(
+        ValueError, match=f"`folder` is '{kit / 'fedbiot'}', with which this site is taking part already"
+    ):
+        join(flags)  # the first one is this process
+    join([*flags, "--folder", str(tmp_path / "other")])
+    assert len(started) == 2
+
 
 @needs_nvflare
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (["--kit", "nowhere"], "`kit` is 'nowhere', but that is no startup kit of a site"),
+        (["--kit", "nowhere"], "nowhere', which has no startup/sub_start.sh, so it is no whole startup kit of a site"),
+        (["--kit", "no where"], "no where', a path with white space, from which NVFlare cannot start its processes"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_a_site_that_cannot_join(kit, tmp_path, flags, error):
     with pytest.raises((FileNotFoundError, ValueError), match=error):
         join(["--kit", str(kit), "--data", str(tmp_path / "private.jsonl"), "--check_only", *flags])
+
+
+@needs_nvflare
+def test_a_site_with_too_few_examples_or_half_a_kit(kit, tmp_path):
+    flags = ["--kit", str(kit), "--data", str(tmp_path / "private.jsonl"), "--check_only"]
+    with pytest.raises(
+        ValueError, match="`min_examples` is 100, but '.*' has 12, so this site would refuse each round"
+    ):
+        join([*flags, "--config", str(settings_of(tmp_path, use_cpu=True, min_examples=100))])
+    (kit / "startup" / "client.key").unlink()
+    with pytest.raises(FileNotFoundError, match="which has no startup/client.key, so it is no whole startup kit"):
+        join(flags)
+    (kit / "startup" / "client.key").write_text("")
+    (kit / "local" / "resources.json").write_text("{")
+    with pytest.raises(ValueError, match="whose local/resources.json is damaged"):
+        join(flags)
+
+
+@needs_nvflare
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        ({"port": 99_999}, "`port` is 99999, but ports are 1 to 65535"),
+        ({"host": "not a host"}, "`host` 'not a host' or `administrator` .* cannot be"),
+        ({"administrator": "bob"}, "or `administrator` 'bob' cannot be.* written as an email address"),
+        ({"folder": "k its"}, "`output_dir` is '.*k its', a path with white space"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_kits_that_cannot_be(tmp_path, changes, error):
+    from fedbiot_trainer.engines.nvflare.provision import provision
+
+    changes = {"host": "localhost", "port": 8002, **changes}
+    with pytest.raises(ValueError, match=error):
+        provision(tmp_path / changes.pop("folder", "kits"), sites=["clinic"], **changes)
 
 
 @needs_nvflare

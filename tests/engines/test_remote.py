@@ -13,7 +13,7 @@ from fedbiot_trainer.engines.remote import DELIVERY_TIMEOUT, RemoteClients, read
 from fedbiot_trainer.engines.site import Site, SiteError, SiteLimits
 from fedbiot_trainer.federation.interruption import RunInterrupted
 from fedbiot_trainer.federation.pool import Reply
-from fedbiot_trainer.wire.frame import encode
+from fedbiot_trainer.wire.frame import PayloadError, encode
 from fedbiot_trainer.wire.shipment import PackageFile, PackageList
 
 
@@ -300,8 +300,11 @@ def test_without_sites_it_ends(make_owner):
 
 
 def test_a_site_that_has_left_is_waited_for_once(make_sites, tmp_path):
-    carrier = Carrier(make_sites())
-    pool = RemoteClients(carrier, tmp_path, min_sites=3, patience=1.0)
+    carrier, said = Carrier(make_sites()), []
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "config.json").write_text("{}")
+    pool = RemoteClients(carrier, tmp_path / "package", min_sites=3, patience=1.0)
+    pool.on_wait = said.append
     west = carrier.connected.pop("west")
     seconds = []
     for _ in range(2):
@@ -309,11 +312,21 @@ def test_a_site_that_has_left_is_waited_for_once(make_sites, tmp_path):
         assert pool.names() == ["north", "south"]
         seconds.append(time.monotonic() - started)
     assert seconds[0] >= 1.0 > seconds[1]
+    going_on = "going on with 2 of 3 sites: north, south"
+    assert said == ["waiting for 3 sites, 1 s at most; there: north, south", going_on, going_on]
     carrier.connected["west"] = west
     assert pool.names() == ["north", "south", "west"]
     del carrier.connected["west"]
     started = time.monotonic()
     assert pool.names() == ["north", "south"] and time.monotonic() - started >= 1.0
+
+
+def test_a_package_that_sites_refuse_is_found_before_a_round(tmp_path):
+    (tmp_path / "modeling_own.py").write_text("import os")
+    with pytest.raises(
+        PayloadError, match="has a file 'modeling_own.py', but a site takes weights and settings alone"
+    ):
+        RemoteClients(Patience(), tmp_path).names()
 
 
 @pytest.mark.parametrize(

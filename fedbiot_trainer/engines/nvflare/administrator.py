@@ -47,12 +47,13 @@ def open_session(kit: str | Path, timeout: float = 60.0) -> "Session":
     Raises:
         ConnectionError: If there is none.
     """
+    from nvflare.apis.fl_exception import FLCommunicationError
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     name = json.loads((Path(kit) / "startup" / "fed_admin.json").read_text())["admin"]["username"]
     try:
         return new_secure_session(name, str(kit), timeout=timeout)
-    except ConnectionError as error:
+    except (ConnectionError, FLCommunicationError) as error:
         raise ConnectionError(
             f"`kit` is '{kit}', whose server has not answered for {timeout:g} s. Start it, by `startup/start.sh` in its own kit."
         ) from error

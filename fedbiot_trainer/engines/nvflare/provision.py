@@ -22,6 +22,14 @@ CONTROLLER = "fedbiot_trainer.engines.nvflare.owner.OwnerController"
 OWNER_GATE = "fedbiot_trainer.engines.nvflare.gate.OwnerGate"
 SITE_GATE = "fedbiot_trainer.engines.nvflare.gate.SiteGate"
 SERVER = "owner"
+MAX_PORT = 65_535
+SITE_PARTS = (
+    "startup/sub_start.sh",
+    "startup/client.crt",
+    "startup/client.key",
+    "startup/rootCA.pem",
+    "local/resources.json",
+)
 _BUILDERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("workspace.WorkspaceBuilder", {}),
     ("static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "grpc"}),
@@ -61,7 +69,7 @@ def provision(
         `dict[str, Path]`: The kit of `owner` (the server), of each site, and of the administrator.
 
     Raises:
-        ValueError: If a name cannot be used, or is used twice.
+        ValueError: If a name, the port or the folder cannot be used, or a name is used twice.
     """
     for site in sites:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", site) or site in (SERVER, "server"):  # NVFlare's name of every server
@@ -70,13 +78,21 @@ def provision(
             )
     if len(set(sites)) < len(sites):
         raise ValueError(f"`sites` has a name twice: {list(sites)}.")
+    if not 1 <= port <= MAX_PORT:
+        raise ValueError(f"`port` is {port}, but ports are 1 to {MAX_PORT}.")
     folder = Path(folder).absolute()
+    check_kit_path(folder, "output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     project = project_of(host, port, sites, administrator)
     (folder / PROJECT_FILE).write_text(yaml.safe_dump(project, sort_keys=False))
-    context = Provisioner(str(folder), prepare_builders(project), prepare_packager(project)).provision(
-        prepare_project(project)
-    )
+    try:
+        participants = prepare_project(project)
+    except ValueError as error:
+        raise ValueError(
+            f"`host` '{host}' or `administrator` '{administrator}' cannot be: {error}. The first is a host's name or an IP "
+            "address, the second is written as an email address."
+        ) from error
+    context = Provisioner(str(folder), prepare_builders(project), prepare_packager(project)).provision(participants)
     made = context.get(CtxKey.CURRENT_PROD_DIR)
     if context.get(CtxKey.BUILD_ERROR) or made is None:
         raise ValueError(
@@ -91,16 +107,31 @@ def provision(
     return kits
 
 
+def check_kit_path(folder: Path, argument: str):
+    """Raise `ValueError` if NVFlare could not start a process from a kit there: it splits its commands at white space."""
+    if re.search(r"\s", str(folder)):
+        raise ValueError(
+            f"`{argument}` is '{folder}', a path with white space, from which NVFlare cannot start its processes. Choose another."
+        )
+
+
 def check_site_kit(kit: Path) -> str:
     """
     Returns:
         `str`: The site's name, as its certificate says. The folder may have another.
 
     Raises:
+        FileNotFoundError: If a part of it is missing.
         ValueError: If the kit is not as [`provision`] makes it where a site depends on it.
     """
-    file = kit / "local" / "resources.json"
-    resources = json.loads(file.read_text()) if file.is_file() else {}
+    check_kit_path(kit, "kit")
+    for part in SITE_PARTS:
+        if not (kit / part).is_file():
+            raise FileNotFoundError(f"`kit` is '{kit}', which has no {part}, so it is no whole startup kit of a site.")
+    try:
+        resources = json.loads((kit / "local" / "resources.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"`kit` is '{kit}', whose local/resources.json is damaged ({error}).") from error
     allowed = resources.get("class_allow_list"), resources.get("class_list_enforcement_mode")
     gates = [part for part in resources.get("components", []) if part.get("path") == SITE_GATE]
     if allowed != ([EXECUTOR], "enforce") or not gates:
