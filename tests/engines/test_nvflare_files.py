@@ -89,11 +89,10 @@ def test_a_site_runs_our_executor_only_and_sends_no_logs(kits):
 )
 def test_a_kit_that_lets_the_owner_do_more_at_a_site_is_refused(kits, tmp_path, change):
     assert check_site_kit(kits["north"]) == "north"
-    (tmp_path / "local").mkdir()
-    file = tmp_path / "local" / "resources.json"
-    file.write_text(json.dumps(read(kits["north"] / "local" / "resources.json") | change))
+    file = shutil.copytree(kits["north"], tmp_path / "kit") / "local" / "resources.json"
+    file.write_text(json.dumps(read(file) | change))
     with pytest.raises(ValueError, match="the owner could do more at this site than train"):
-        check_site_kit(tmp_path)
+        check_site_kit(tmp_path / "kit")
 
 
 def test_a_site_waits_for_a_lost_message_as_long_as_one_may_take(kits):
