@@ -70,7 +70,7 @@ def _compression(path: str) -> str | None:
 def _as_written(dataset: Dataset, path: str) -> Dataset:
     """The rows of a JSON file, with text again where its reader made times of text, or decimals of whole numbers."""
     kinds = {field.name: field.type for field in dataset.data.schema}
-    times = {name for name, kind in kinds.items() if pa.types.is_temporal(kind)}
+    times = {name for name, kind in kinds.items() if _is_time(kind)}
     suspects = times.union(name for name, kind in kinds.items() if pa.types.is_floating(kind))
     if not suspects:
         return dataset
@@ -169,8 +169,8 @@ def to_examples(
     empty text.
 
     Raises:
-        ValueError: If a template names a column that is not there. It calls the dataset `source`, the first template
-            `flag`.
+        ValueError: If a template names a column that is not there, or that is not any more what it was in its file. It calls
+            the dataset `source`, the first template `flag`.
     """
     if limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(limit))
@@ -184,12 +184,22 @@ def to_examples(
                 f"`{name}` is {template!r}, but '{source}' has no column {', '.join(unknown)}. It has: "
                 f"{', '.join(dataset.column_names)}."
             )
+        times = [c for c in template_columns(template, name) if _is_time(dataset.data.schema.field(c).type)]
+        if times and dataset.info.builder_name == "json":
+            raise ValueError(
+                f"`{name}` is {template!r}, but the JSON of '{source}' has text in {', '.join(times)} that its reader took for "
+                "times, and how it was written is lost. Name the file itself instead of the folder, or store it as Parquet."
+            )
 
     def fill(row):
         cells = {column: "" if _is_missing(value) else value for column, value in row.items()}
         return {"prompt": prompt.format(**cells), "completion": completion.format(**cells)}
 
     return dataset.map(fill, desc="Formatting")
+
+
+def _is_time(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_temporal(kind))
 
 
 def _is_missing(value) -> bool:

@@ -82,6 +82,22 @@ def test_json_is_text_as_it_stands(tmp_path, name):
     assert to_examples(dataset, ("{n}", "{date}"), None, 0, name)["completion"][:2] == dataset["date"][:2]
 
 
+def test_times_of_which_the_text_is_lost_are_not_written_otherwise(tmp_path):
+    """A folder's JSON is read by `datasets` alone; in Parquet a time is one."""
+    (tmp_path / "folder").mkdir()
+    rows = '{"q": "a", "date": "2024-01-01"}\n{"q": "b", "date": "2024-01-02"}\n'
+    (tmp_path / "folder" / "train.jsonl").write_text(rows)
+    dataset = read_dataset(str(tmp_path / "folder"), None, "train")
+    with pytest.raises(
+        ValueError, match="`completion_template` is '{date}', but the JSON of 'a' has text in date that"
+    ):
+        to_examples(dataset, ("{q}", "{date}"), None, 0, "a")
+    assert to_examples(dataset, ("{q}", "{q}"), None, 0, "a")["completion"][:] == ["a", "b"]
+    dataset.to_parquet(tmp_path / "a.parquet")
+    typed = read_dataset(str(tmp_path / "a.parquet"), None, "train")
+    assert to_examples(typed, ("{q}", "{date:%d.%m.}"), None, 0, "a")["completion"][:] == ["01.01.", "02.01."]
+
+
 @pytest.mark.parametrize("split", ["training", "test"])
 def test_splits_that_are_not_there(tmp_path, split):
     DatasetDict(train=sums(0, 2), validation=sums(2, 3)).save_to_disk(tmp_path / "saved")
