@@ -2,13 +2,16 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 from urllib.parse import urlparse
 
 import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -69,29 +72,42 @@ def _compression(path: str) -> str | None:
 
 def _as_written(dataset: Dataset, path: str) -> Dataset:
     """The rows of a JSON file, with text again where its reader made times of text, or decimals of whole numbers."""
-    kinds = {field.name: field.type for field in dataset.data.schema}
-    times = {name for name, kind in kinds.items() if _is_time(kind)}
-    suspects = times.union(name for name, kind in kinds.items() if pa.types.is_floating(kind))
-    if not suspects:
+    columns = {field.name: field.type for field in dataset.data.schema}
+    times = {name for name, kind in columns.items() if _is_time(kind)}
+    decimals = {
+        name for name, kind in columns.items() if pa.types.is_floating(kind) and _has_whole(dataset.data[name])
+    }
+    changed: dict[str, list] = {name: [] for name in columns if name in times | decimals}
+    if not changed:
         return dataset
     with fsspec.open(path, "rt", compression=_compression(path), encoding="utf-8-sig") as file:
-        text = file.read()
-    decoder, rows, start = json.JSONDecoder(parse_float=str), [], 0
-    while found := NOT_SPACE.search(text, start):
-        value, start = decoder.raw_decode(text, found.start())
-        rows.extend(value if isinstance(value, list) else [value])
-    if len(rows) != len(dataset) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(
-            f"it has dates or decimals ({', '.join(sorted(suspects))}) and is no row after row, so that they cannot be taken "
-            "as they are written. Bring it into JSON lines"
-        )
-    order = dataset.column_names
-    for name in filter(suspects.__contains__, order):
-        cells = [row.get(name) for row in rows]
-        if name in times or any(isinstance(cell, int) for cell in cells):
+        for row in _json_rows(file):
+            for name, cells in changed.items():
+                cells.append(row.get(name) if isinstance(row, dict) else None)
+    for name, cells in changed.items():
+        if len(cells) == len(dataset) and (name in times or any(isinstance(cell, int) for cell in cells)):
             cells = [None if cell is None else str(cell) for cell in cells]
             dataset = dataset.remove_columns(name).add_column(name, cells, feature=Value("string"))
-    return dataset.select_columns(order)
+    return dataset.select_columns(list(columns))
+
+
+def _has_whole(numbers: pa.ChunkedArray) -> bool:
+    return bool(pc.any(pc.equal(pc.floor(numbers), numbers)).as_py())
+
+
+def _json_rows(file: TextIO) -> Iterator[Any]:
+    """What JSON lines hold, or one after another the values of a file, those of its lists each; decimals as text."""
+    decoder = json.JSONDecoder(parse_float=str)
+    for line in filter(str.strip, file):
+        try:
+            values = [decoder.decode(line)]
+        except json.JSONDecodeError:  # a value goes on in the next line
+            values, text, start = [], line + file.read(), 0
+            while found := NOT_SPACE.search(text, start):
+                value, start = decoder.raw_decode(text, found.start())
+                values.append(value)
+        for value in values:
+            yield from value if isinstance(value, list) else [value]
 
 
 def _read_other(name, config, split) -> Dataset:
@@ -188,7 +204,7 @@ def to_examples(
         if times and dataset.info.builder_name == "json":
             raise ValueError(
                 f"`{name}` is {template!r}, but the JSON of '{source}' has text in {', '.join(times)} that its reader took for "
-                "times, and how it was written is lost. Name the file itself instead of the folder, or store it as Parquet."
+                "times, and how it was written is lost. Name a file of JSON lines, or store it as Parquet."
             )
 
     def fill(row):

@@ -25,7 +25,8 @@ def check_texts(dataset: Dataset, name: str, text_field: str = "text"):
 
     Raises:
         TypeError: If it is no `Dataset`, or a column holds something else than text.
-        ValueError: If it has no row, none of the forms, a format without dicts for rows, or a row is empty (`None`; an empty string is text).
+        ValueError: If it has no row, none of the forms, a format without dicts for rows, or a row is empty (`None`; an empty
+            string is text).
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(

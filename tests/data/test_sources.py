@@ -65,7 +65,7 @@ def test_tables_with_a_cell_more_than_columns(tmp_path, rows):
         read(tmp_path, "a.csv", f"prompt,completion\n{rows}\n")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "pretty.json", "a.jsonl.gz"])
 def test_json_is_text_as_it_stands(tmp_path, name):
     rows = [
         '{"date": "2024-01-01", "at": "10:30:00", "n": 1, "half": 0.5, "text": "2024"}',
@@ -73,6 +73,8 @@ def test_json_is_text_as_it_stands(tmp_path, name):
         '{"n": 12345678901234567890, "half": null, "text": "x"}',
     ]
     content = f"\ufeff[{','.join(rows)}]" if name == "a.json" else "\n".join(rows) + "\n\n"
+    if name == "pretty.json":
+        content = "[\n  " + ",\n  ".join(row.replace(", ", ",\n    ") for row in rows) + "\n]\n"
     dataset = read(tmp_path, name, gzip.compress(content.encode()) if name.endswith("gz") else content)
     assert dataset["date"][:] == ["2024-01-01", "2024-01-02 10:00:00", None]
     assert dataset["n"][:] == ["1", "2.50", "12345678901234567890"]
