@@ -17,6 +17,7 @@ with --ablation also `ablation.png`.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -117,20 +118,36 @@ def is_done(cell: Cell, args: argparse.Namespace, flags: list[str]) -> bool:
     file = args.output_dir / str(cell) / "cell.json"
     if not file.is_file():
         return False
-    made, now = json.loads(file.read_text()), made_with(args, flags)
+    made, now = json.loads(file.read_text()), made_with(cell, args, flags)
     if made != now:
-        (old, flags_then), (new, _) = made.values(), now.values()
-        changed = sorted(name for name in old | new if old.get(name) != new.get(name))
+        changed = sorted(name for name in made | now if made.get(name) != now.get(name))
+        told = ", ".join(f"{name} was {made.get(name)!r:.200}" for name in changed)
         raise ValueError(
-            f"`output_dir` is '{args.output_dir}', in which {cell} was made with other settings (flags {flags_then}, "
-            f"changed in the YAML: {changed}). Choose another folder, or delete that one."
+            f"`output_dir` is '{args.output_dir}', in which {cell} was made with other settings ({told}). Choose another folder, "
+            "or delete that one."
         )
     return True
 
 
-def made_with(args: argparse.Namespace, flags: list[str]) -> dict:
-    """What makes a cell's result besides its method, drop ratio and seed: the recipe's settings and the flags."""
-    return {"config": yaml.safe_load(args.config.read_text()), "flags": flags}
+def made_with(cell: Cell, args: argparse.Namespace, flags: list[str]) -> dict:
+    """
+    What makes a cell's result besides its method, drop ratio and seed: the recipe's settings, the flags, how it is launched, and
+    the files that these name.
+    """
+    settings = yaml.safe_load(args.config.read_text())
+    words = [*settings.values(), *flags]
+    words += [word for words_of in settings.values() if isinstance(words_of, list) for word in words_of]
+    parts = {part for word in words if isinstance(word, str) for part in (word, word.rpartition("=")[2])}
+    files = {part: digest_of(part, os.stat(part).st_mtime_ns) for part in sorted(parts) if os.path.isfile(part)}
+    made = {"flags": flags, "launcher": args.launcher, "drift": cell.method in DRIFT and args.drift, "files": files}
+    return {f"`{name}` in the YAML": value for name, value in settings.items()} | made
+
+
+@cache
+def digest_of(file: str, time_ns: int) -> str:
+    """Of a file as it was written then."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: set[subprocess.Popen]) -> str | None:
@@ -148,10 +165,12 @@ def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: se
     running.discard(process)
     if process.returncode != 0:
         last_lines = "\n".join((folder / "log.txt").read_text().splitlines()[-5:])
-        return f"{cell} failed ({folder / 'log.txt'}):\n{last_lines}"
+        code = process.returncode
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else "failed"
+        return f"{cell} {how} ({folder / 'log.txt'}):\n{last_lines}"
     if RunSummary.read(folder / "summary.json").adap_fu is None:
         return f"{cell} has evaluated nothing: give the runs held-out text with `--eval_dataset_name`."
-    (folder / "cell.json").write_text(json.dumps(made_with(args, flags)) + "\n")
+    (folder / "cell.json").write_text(json.dumps(made_with(cell, args, flags)) + "\n")
     return None
 
 

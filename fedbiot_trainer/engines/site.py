@@ -16,6 +16,7 @@ from ..federation.interruption import Interruption
 from ..federation.pool import ClientTimeout, Deadline
 from ..output.progress import no_progress_bars
 from ..shared.round_trainer import DivergenceError
+from ..shared.texts import text_columns
 from ..wire.frame import PayloadError, unpack
 from ..wire.messages import LocalWork, check_client_name
 from ..wire.plan import TrainingPlan
@@ -146,6 +147,7 @@ class Site:
         if self.client is None or self._loaded != folder:
             self.client = None  # free what is no longer needed before the next is loaded
             plan = TrainingPlan.load(folder)
+            self._check_form(plan)
             args = plan.arguments(str(self.folder / "trainer"), **self.settings).quiet()
             with no_progress_bars():
                 trainer = ClientSFTTrainer(
@@ -156,3 +158,12 @@ class Site:
             trainer.add_callback(self._deadline)
             self._loaded = folder
         return self.client
+
+    def _check_form(self, plan: TrainingPlan):
+        field = self.settings.get("dataset_text_field", "text")
+        columns = text_columns(self.train_dataset, f"client '{self.name}'", field)
+        if plan.settings["completion_only_loss"] and columns and "completion" not in columns:
+            raise SiteError(
+                f"The owner's plan is to train on completions alone, and this site's text has none (it is `{columns[-1]}`). Bring "
+                "it into `prompt` and `completion`."
+            )

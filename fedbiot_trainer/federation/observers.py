@@ -64,10 +64,13 @@ class WriteFiles(Observer):
     def on_late_evaluation(self, record: RoundRecord):
         self.folder.set_records([*RoundRecord.read_all(self.folder.rounds)[:-1], record])
 
-    def save_package(self, args: FedBiOTConfig) -> int:
-        """Write what clients get, and the result's tokenizer. Returns the package's bytes."""
+    def save_package(self, args: FedBiOTConfig, completion_only_loss: bool) -> int:
+        """
+        Write what clients get, and the result's tokenizer. Which tokens count is the same for all of them, whatever form their
+        text has. Returns the package's bytes.
+        """
         with no_progress_bars():
-            TrainingPlan.of(args).save(self.folder.package)
+            TrainingPlan.of(args, completion_only_loss).save(self.folder.package)
             num_bytes = self.server.package().save(self.folder.package, self.server.processing_class)
         if is_main_process():
             self.server.save_tokenizer(self.folder.client_lora)

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..config import FedBiOTConfig
 from ..data.partition import name_client_datasets
 from ..data.public_text import hold_out_public
 from ..data.sets import name_eval_sets, name_texts
 from ..evaluation.text_metric import TextMetric
-from ..shared.texts import check_chat_template, check_texts
+from ..shared.texts import check_chat_template, check_texts, text_columns
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -66,6 +70,7 @@ class RunTexts:
         texts = cls(clients, eval_sets, metrics, public_dataset if args.aligns else None)
         for name, dataset in name_texts(eval_sets, texts.public).items():
             check_texts(dataset, name, args.dataset_text_field)
+        _warn_of_other_tokens(args, clients, eval_sets)
         if texts.public is not None and args.public_eval_size > 0:
             texts.public, texts.public_eval = hold_out_public(texts.public, args.public_eval_size, args.seed)
         return texts
@@ -94,6 +99,23 @@ class RunTexts:
         texts |= {f"client '{name}'": dataset for name, dataset in self.clients.items()}
         for name, dataset in texts.items():
             check_chat_template(dataset, name, tokenizer, text_field)
+
+
+def _warn_of_other_tokens(args: FedBiOTConfig, clients: Mapping[str, Dataset], eval_sets: Mapping[str, Dataset]):
+    """Tell of held-out text in which other tokens count than in what is trained on."""
+    if args.completion_only_loss is not None or not clients:
+        return
+    trained = "completion" in text_columns(next(iter(clients.values())), "a client", args.dataset_text_field)
+    for name, dataset in name_texts(eval_sets, None).items():
+        columns = text_columns(dataset, name, args.dataset_text_field)
+        if columns and trained != ("completion" in columns):
+            count = (
+                "completions alone count in training, and all tokens here" if trained else "all tokens count in both"
+            )
+            logger.warning(
+                f"{name} has {', '.join(columns)}, which is another form than the clients' text has: {count}. Bring them into one "
+                "form, or set `completion_only_loss`."
+            )
 
 
 def _check_clients(args: FedBiOTConfig, clients: Mapping[str, Dataset]):

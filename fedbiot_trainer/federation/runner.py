@@ -272,7 +272,7 @@ class FederatedRunner:
         """Write what clients get, and show the split. Returns its sizes, in parameters and bytes."""
         server, parameters = self.server, self.server.models.count_parameters()
         self.trainer.package_lora = server.client_lora
-        bytes_once = self.files.save_package(self.args)
+        bytes_once = self.files.save_package(self.args, self.trainer.completion_only_loss)
         if self.args.process_index == 0:
             split, asked = server.models.split.record(), self.args.num_sampled(len(self.pool.names()))
             self.console.print(split_table(split, parameters, bytes_once, server.payload_sizes(), asked))

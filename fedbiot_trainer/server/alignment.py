@@ -16,6 +16,7 @@ from ..shared.lora_layers import folded_loras
 from ..shared.lora_state import CLIENT, EMULATOR, get_lora_state, load_lora, set_lora_state
 from ..shared.processes import is_zero3, runnable, shards_parameters
 from ..shared.step_sampler import StepSampler
+from ..shared.texts import without_labels
 from ..wire.package import load_model
 from .capture import OutputHead, causal_lm
 from .closed_form import AddedLinear, find_added_linears, start_in_closed_form
@@ -92,7 +93,7 @@ class EmulatorAlignmentTrainer(PublicTextTrainer):
         model.move(args.device, args.offload_full_model)
         args = args.alignment_arguments()
         args.model_init_kwargs = None
-        super().__init__(model.adap_emu, args, total_steps or args.max_steps, train_dataset, **kwargs)
+        super().__init__(model.adap_emu, args, total_steps or args.max_steps, without_labels(train_dataset), **kwargs)
         model.align_tokens(self.processing_class, given)
         self.head = OutputHead(causal_lm(model.adap_fu))  # FSDP2 shards the emulator's
         with runnable(model.adap_emu, self.accelerator):

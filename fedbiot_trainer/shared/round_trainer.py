@@ -24,7 +24,16 @@ from .lora_state import CLIENT, set_trainable_lora
 from .processes import DeepSpeedSettings, free_engine, local_part, prepare_fsdp, renew_trainable, whole_shape
 from .quantized import check_gradient
 from .step_sampler import StepSampler
-from .texts import blank_rows, check_texts, subject, text_columns, token_lengths, trained_tokens, without_other_forms
+from .texts import (
+    blank_rows,
+    check_texts,
+    subject,
+    text_columns,
+    token_bounds,
+    token_lengths,
+    trained_tokens,
+    without_other_forms,
+)  # fmt: skip
 from .tokenizers import align_model, prepare_tokenizer
 
 
@@ -97,7 +106,7 @@ class RoundTrainer(SFTTrainer):
         scaler = self.accelerator.scaler
         self._first_scale = None if scaler is None else scaler.state_dict()
         self._check_vocabulary()
-        self._check_positions(self.train_dataset, self.text_name)
+        self._check_tokens(self.train_dataset, self.text_name)
         check_gradient(self.model)
 
     def create_accelerator_and_postprocess(self):
@@ -166,7 +175,7 @@ class RoundTrainer(SFTTrainer):
         if packing:
             prepared = self._prepare(prepared, self.args, True, name)
             prepared = prepared.select(np.flatnonzero(trained_tokens(prepared)))  # some are a long prompt's middle
-        self._check_positions(prepared, name)
+        self._check_tokens(prepared, name)
         return prepared, num_examples
 
     def with_labels(self, dataset: Dataset, name: str) -> Dataset:
@@ -200,7 +209,13 @@ class RoundTrainer(SFTTrainer):
         columns = text_columns(dataset, name, self.args.dataset_text_field)
         return columns[-1:] if self.completion_only_loss else columns
 
-    def _check_positions(self, tokens: Dataset, name: str):
+    def _check_tokens(self, tokens: Dataset, name: str):
+        (least, most), rows = token_bounds(tokens), whole_shape(self.model.get_input_embeddings().weight)[0]
+        if least < 0 or most >= rows:
+            raise ValueError(
+                f"{subject(name)} has the token {least if least < 0 else most}, but the model's embedding has {rows} rows. Tokenize "
+                "it with the model's own tokenizer."
+            )
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = int(token_lengths(tokens).max(initial=0))
         if positions is not None and longest > positions:

@@ -37,6 +37,8 @@ class StepSampler(Sampler[list[int]]):
         self.indices, self.drop_last = range(start, stop, step), drop_last
         batches = num_examples / batch_size
         self.batches_per_epoch = math.floor(batches) if drop_last else math.ceil(batches)
+        if num_examples == 0:
+            raise ValueError("There is no text to train on: none of the rows has a token that counts.")
         if self.batches_per_epoch == 0:
             raise ValueError(
                 f"`per_device_train_batch_size` is {batch_size}, but there are only {num_examples} examples and "

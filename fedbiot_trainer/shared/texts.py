@@ -24,9 +24,9 @@ def check_texts(dataset: Dataset, name: str, text_field: str = "text"):
         text_field (`str`, *optional*, defaults to `"text"`): Column of text that is neither a prompt nor a conversation.
 
     Raises:
-        TypeError: If it is no `Dataset`, or a column holds something else than text.
+        TypeError: If it is no `Dataset`, or a column holds something else than text, or than lists of tokens.
         ValueError: If it has no row, none of the forms, a format without dicts for rows, or a row is empty (`None`; an empty
-            string is text).
+            string is text), or has other labels than tokens.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -39,8 +39,11 @@ def check_texts(dataset: Dataset, name: str, text_field: str = "text"):
         raise ValueError(
             f"{subject(name)} has the format '{kind}', in which a row is no dict. Pass it `.with_format(None)`."
         )
-    for column in text_columns(dataset, name, text_field):
+    columns = text_columns(dataset, name, text_field)
+    for column in columns:
         _check_column(dataset, name, column)
+    if not columns:
+        _check_tokens(dataset, name)
 
 
 def subject(name: str) -> str:
@@ -129,6 +132,45 @@ def _check_column(dataset, name, column):
                 "`Dataset.filter`."
             )
         start += len(batch)
+
+
+def _check_tokens(dataset, name):
+    """Whether each row is whole numbers, with as many labels, if there are any."""
+    columns = [column for column in ("input_ids", "labels") if column in dataset.column_names]
+    for column in columns:
+        kind = dataset.data.schema.field(column).type
+        if not _is_list(kind) or not pa.types.is_integer(kind.value_type):
+            raise TypeError(
+                f"{subject(name)} has {kind} in column `{column}`, which is no list of tokens. Tokenize the text, or leave "
+                "`input_ids` out."
+            )
+    start = 0
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(BATCH):
+        lengths = [pc.list_value_length(batch[column]) for column in columns]
+        wrong = {column: pc.is_null(length) for column, length in zip(columns, lengths, strict=True)}
+        if len(columns) == 2:
+            wrong["labels"] = pc.or_(wrong["labels"], pc.not_equal(lengths[0], lengths[1]))
+        for column, mask in wrong.items():
+            row = _first(mask)
+            if row is not None:
+                problem = "no list" if column == "input_ids" else "no list as long as `input_ids`"
+                raise ValueError(f"{subject(name)} has {problem} in row {start + row}, column `{column}`.")
+        start += len(batch)
+
+
+def token_bounds(dataset: Dataset) -> tuple[int, int]:
+    """The smallest and the largest token of a tokenized dataset; 0 and 0 if it has none."""
+    found = [pc.min_max(pc.list_flatten(ids)).as_py() for ids in _batches(dataset, "input_ids")]
+    found = [bounds for bounds in found if bounds["min"] is not None]
+    return min((b["min"] for b in found), default=0), max((b["max"] for b in found), default=0)
+
+
+def without_labels(dataset: Dataset) -> Dataset:
+    """Tokens alone, of which every one counts; text is as it was."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return dataset
+    known = ("labels", "completion_mask", "assistant_masks")
+    return dataset.remove_columns([column for column in known if column in dataset.column_names])
 
 
 def _is_string(kind) -> bool:

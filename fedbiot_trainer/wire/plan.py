@@ -54,9 +54,11 @@ class TrainingPlan:
     ranks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: FedBiOTConfig) -> "TrainingPlan":
-        """The plan of a run that is configured so."""
+    def of(cls, args: FedBiOTConfig, completion_only_loss: bool | None = None) -> "TrainingPlan":
+        """The plan of a run that is configured so, and in which completions alone count if that is left open."""
         values = args.to_dict()
+        if values["completion_only_loss"] is None:
+            values["completion_only_loss"] = completion_only_loss
         return cls(args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                    {name: values[name] for name in PLANNED}, args.ranks)  # fmt: skip
 

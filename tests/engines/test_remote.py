@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from conftest import LORA, slow, sums, tiny_model
+from datasets import Dataset
 
 from fedbiot_trainer import FederatedRunner
 from fedbiot_trainer.engines.remote import DELIVERY_TIMEOUT, RemoteClients, read_had
@@ -292,6 +293,20 @@ def test_a_round_waits_for_sites(make_owner, make_sites):
     carrier.sites = arriving
     owner.train()
     assert set(owner.records[0].client_losses) == set(DATA)
+
+
+def test_sites_train_on_the_tokens_that_the_owner_does(make_owner, make_sites):
+    """Whatever form their text has: the losses of all mean the same."""
+    sites = {site.name: site for site in make_sites()}
+    sites["south"].train_dataset = Dataset.from_dict({"text": ["1+1=2"] * 4})
+    owner = make_owner(Carrier(sites.values()), **SETTINGS)
+    owner.train()
+    assert set(owner.records[0].client_losses) == {"north", "west"}
+    assert (
+        "to train on completions alone, and this site's text has none (it is `text`)"
+        in owner.records[0].failed["south"]
+    )
+    assert sites["north"].client.trainer.completion_only_loss
 
 
 def test_without_sites_it_ends(make_owner):

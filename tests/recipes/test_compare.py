@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import runpy
@@ -222,12 +223,33 @@ def test_an_edited_yaml_is_not_mixed_in(compare, tmp_path):
     args.config, cell = tmp_path / "own.yaml", compare["Cell"]("fedbiot", 0.5, 0)
     args.config.write_text("num_rounds: 3\n")
     (tmp_path / str(cell)).mkdir()
-    (tmp_path / str(cell) / "cell.json").write_text(json.dumps(compare["made_with"](args, [])))
+    (tmp_path / str(cell) / "cell.json").write_text(json.dumps(compare["made_with"](cell, args, [])))
     args.config.write_text("num_rounds: 3  # a comment changes nothing\n")
     assert compare["is_done"](cell, args, [])
     args.config.write_text("num_rounds: 4\n")
-    with pytest.raises(ValueError, match=r"changed in the YAML: \['num_rounds'\]"):
+    with pytest.raises(ValueError, match="made with other settings .`num_rounds` in the YAML was 3"):
         compare["is_done"](cell, args, [])
+
+
+def test_another_launch_or_other_data_is_not_mixed_in(compare, tmp_path):
+    args, _ = compare["parse_args"](["--task", "demo", "--output_dir", str(tmp_path)])
+    cell, data, flags = (
+        compare["Cell"]("fedbiot", 0.5, 0),
+        tmp_path / "a.jsonl",
+        ["--client_datasets", f"a={tmp_path}/a.jsonl"],
+    )
+    data.write_text("{}")
+    (tmp_path / str(cell)).mkdir()
+    (tmp_path / str(cell) / "cell.json").write_text(json.dumps(compare["made_with"](cell, args, flags)))
+    assert compare["is_done"](cell, args, flags)
+    for name, value in (("launcher", "accelerate launch --num_processes 2"), ("drift", not args.drift)):
+        other = argparse.Namespace(**{**vars(args), name: value})
+        with pytest.raises(ValueError, match=f"made with other settings .{name} was"):
+            compare["is_done"](cell, other, flags)
+    data.write_text('{"a": 1}')
+    os.utime(data, (1, 1))
+    with pytest.raises(ValueError, match="made with other settings .files was"):
+        compare["is_done"](cell, args, flags)
 
 
 def test_what_cannot_work(run_compare, capsys):

@@ -7,6 +7,7 @@ from fedbiot_trainer.shared.texts import (
     blank_rows,
     check_texts,
     text_columns,
+    token_bounds,
     token_lengths,
     trained_tokens,
     without_other_forms,
@@ -85,6 +86,82 @@ def test_row_is_counted_over_batches_and_selections():
 def test_what_is_no_dataset_of_text(dataset, message):
     with pytest.raises(TypeError, match=message):
         check_texts(dataset, "client 'a'")
+
+
+@pytest.mark.parametrize(
+    "columns, error, message",
+    [
+        (
+            {"input_ids": ["a"]},
+            TypeError,
+            "`eval_dataset` has string in column `input_ids`, which is no list of tokens",
+        ),
+        ({"input_ids": [[1.5]]}, TypeError, "in column `input_ids`, which is no list of tokens"),
+        ({"input_ids": [[1]], "labels": [1]}, TypeError, "has int64 in column `labels`, which is no list of tokens"),
+        ({"input_ids": [[1], None]}, ValueError, "`eval_dataset` has no list in row 1, column `input_ids`"),
+        (
+            {"input_ids": [[1, 2], [1]], "labels": [[1, 2], [1, 1]]},
+            ValueError,
+            "has no list as long as `input_ids` in row 1, column `labels`",
+        ),
+        ({"input_ids": [[1]], "labels": [None]}, TypeError, "in column `labels`, which is no list of tokens"),
+    ],
+    ids=["text", "decimals", "a class", "nothing", "shorter", "no labels"],
+)
+def test_tokens_that_are_none(columns, error, message):
+    with pytest.raises(error, match=message):
+        check_texts(Dataset.from_dict(columns), "`eval_dataset`")
+
+
+def test_tokens_are_checked_over_batches():
+    labels = [[1, 2]] * 12_000 + [[1]]
+    tokens = Dataset.from_dict({"input_ids": [[1, 2]] * 12_001, "labels": labels})
+    with pytest.raises(ValueError, match="in row 12000, column `labels`"):
+        check_texts(tokens, "`eval_dataset`")
+    check_texts(tokens.select(range(12_000)), "`eval_dataset`")
+    assert token_bounds(tokens) == (1, 2) and token_bounds(Dataset.from_dict({"input_ids": [[]]})) == (0, 0)
+
+
+def tokens_of(token, number=12):
+    return Dataset.from_dict({"input_ids": [[5, token, 6]] * number, "labels": [[5, token, 6]] * number})
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", ["client", "eval_dataset", "public_dataset"])
+@pytest.mark.parametrize("token", [48, -1])
+def test_tokens_of_another_tokenizer_are_refused_before_a_run(make_runner, name, token):
+    """Which a client would find in its first step, after the whole alignment."""
+    clients = {"north": tokens_of(7), "south": tokens_of(token if name == "client" else 7)}
+    changes = {"eval_dataset": tokens_of(7), "public_dataset": tokens_of(7)}
+    changes |= {name: tokens_of(token)} if name in changes else {}
+    where = "The dataset of client 'south'" if name == "client" else f"`{name}`"
+    with pytest.raises(ValueError, match=f"{where} has the token {token}, but the model's embedding has 48 rows"):
+        make_runner(client_datasets=clients, **changes)
+    make_runner(client_datasets={"north": tokens_of(7)}, eval_dataset=tokens_of(7), public_dataset=tokens_of(47))
+
+
+@pytest.mark.trains
+def test_every_public_token_counts_in_the_alignment(make_alignment):
+    masked = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 12, "labels": [[-100, -100, -100]] * 12})
+    trainer = make_alignment(masked)
+    assert len(trainer.train_dataset) == 12 and trainer.train_dataset["labels"][0] == [5, 6, 7]
+
+
+@pytest.mark.trains
+def test_held_out_text_of_another_form_is_told_of(make_runner, caplog):
+    plain = Dataset.from_dict({"text": ["1+1=2"] * 4})
+    with caplog.at_level("WARNING"):
+        make_runner(eval_dataset=plain)
+    assert (
+        "`eval_dataset` has text, which is another form than the clients' text has: completions alone count"
+        in caplog.text
+    )
+    caplog.clear()
+    make_runner(client_datasets={"a": plain, "b": plain}, public_dataset=plain)
+    assert "`eval_dataset` has prompt, completion, which is another form" in caplog.text
+    caplog.clear()
+    make_runner()
+    assert "another form" not in caplog.text
 
 
 def test_dataset_without_a_row():

@@ -117,7 +117,7 @@ def test_a_run_leaves_its_plan_in_the_package(make_runner, tmp_path):
     runner = make_runner(num_rounds=1)
     summary = runner.train()
     plan = TrainingPlan.load(runner.folder.package)
-    assert plan == TrainingPlan.of(runner.args)
+    assert plan == TrainingPlan.of(runner.args, completion_only_loss=True)
     files = [file for file in runner.folder.package.rglob("*") if file.is_file()]
     assert summary.bytes["once_per_client"] == sum(file.stat().st_size for file in files)
     trainer = ClientSFTTrainer(

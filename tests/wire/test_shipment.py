@@ -93,6 +93,30 @@ def test_a_piece_that_does_not_follow(package, store, offset, size):
         store.write(file, offset, memoryview(b"a" * size))
 
 
+ALTERED = {"cut": lambda content: content[:10], "flipped": lambda content: content[:-1] + b"x"}
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_a_file_that_was_altered_on_the_disk_comes_anew(package, store, alter):
+    """A site that is started looks at what it has; while it runs it has that in memory."""
+    listed = PackageList.of(package)
+    deliver(store, listed, package)
+    weights = store.path(listed) / "model.safetensors"
+    weights.write_bytes(alter(CONTENT["model.safetensors"]))  # which is the file of the store too
+    started = PackageStore(store.folder)
+    assert "model.safetensors" not in started.had(listed) and not started.path(listed).exists()
+    assert deliver(started, listed, package) == 3
+    assert weights.read_bytes() == CONTENT["model.safetensors"]
+
+
+def test_a_file_that_is_gone_from_the_package_is_put_back(package, store):
+    listed = PackageList.of(package)
+    deliver(store, listed, package)
+    (store.path(listed) / "config.json").unlink()
+    assert deliver(PackageStore(store.folder), listed, package) == 0  # it is in the store
+    assert (store.path(listed) / "config.json").read_bytes() == CONTENT["config.json"]
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_file_that_was_written_and_not_looked_at(package, store, damaged):
     """The site ended, or its disk was full, between the last byte of a file and its place."""
