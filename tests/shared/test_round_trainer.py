@@ -52,7 +52,7 @@ def test_code_from_the_hub_needs_a_yes(make_args, tokenizer, monkeypatch, tmp_pa
         raise OSError("enough")
 
     monkeypatch.setattr("fedbiot_trainer.wire.package.AutoModelForCausalLM.from_pretrained", load)
-    (tmp_path / "fedbiot.json").write_text('{"schema_version": 1}')
+    (tmp_path / "fedbiot.json").write_text('{"schema_version": 1, "num_adapter_layers": 2}')
     for trainer, model in ((EmulatorAlignmentTrainer, "owner/model"), (ClientSFTTrainer, str(tmp_path))):
         with pytest.raises(OSError, match="enough"):
             trainer(model, make_args(trust_remote_code=True), sums(0, 8), processing_class=tokenizer)
