@@ -9,7 +9,6 @@ several processes.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ from ..config import FedBiOTConfig
 from ..data.sources import read_dataset, to_examples
 from ..engines.errors import check_installed
 from ..engines.site import Site, SiteLimits
+from ..output.run_folder import lock_folder
 from ..shared.texts import check_texts
 from ..wire.plan import SITES
 from .early import read_yaml
@@ -80,15 +80,12 @@ def _claim(folder: Path):
     Raises:
         ValueError: If there is one.
     """
-    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
+    lock = lock_folder(folder)
+    if lock is None:
         raise ValueError(
             f"`folder` is '{folder}', with which this site is taking part already. Stop that (`startup/stop_fl.sh` in the kit, and "
             "wait until it has ended) before it joins again."
-        ) from None
+        )
     os.set_inheritable(lock, True)
 
 

@@ -71,15 +71,11 @@ class RunFolder:
         if not is_main_process() or self._lock is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+        self._lock = lock_folder(self.path)
+        if self._lock is None:
             raise ValueError(
                 f"`output_dir` is '{self.path}', in which another run is going on. Choose another folder, or wait for it."
-            ) from None
-        self._lock = lock
+            )
 
     def release(self):
         """Let other runs use the folder."""
@@ -123,6 +119,17 @@ class RunFolder:
     def save_card(self, folder: str | Path, summary: RunSummary | None):
         """Write the model card of the result into a folder."""
         write_model_card(folder, self.model_name, self.args, summary)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Keep other processes out of a folder. Returns the descriptor that does, while it is open; `None` if another one has."""
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def folder_name(client: str) -> str:
