@@ -152,7 +152,7 @@ def digest_of(file: str, time_ns: int) -> str:
 
 def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: set[subprocess.Popen]) -> str | None:
     """Run a cell. Returns what went wrong, if anything did."""
-    folder = args.output_dir / str(cell)
+    folder, made = args.output_dir / str(cell), made_with(cell, args, flags)
     folder.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
     with (
@@ -170,7 +170,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, flags: list[str], running: se
         return f"{cell} {how} ({folder / 'log.txt'}):\n{last_lines}"
     if RunSummary.read(folder / "summary.json").adap_fu is None:
         return f"{cell} has evaluated nothing: give the runs held-out text with `--eval_dataset_name`."
-    (folder / "cell.json").write_text(json.dumps(made_with(cell, args, flags)) + "\n")
+    (folder / "cell.json").write_text(json.dumps(made) + "\n")
     return None
 
 

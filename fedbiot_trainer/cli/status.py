@@ -14,7 +14,7 @@ from ..engines.errors import check_installed
 from ..engines.nvflare.administrator import LOG, ServedRun, administrator_kit, open_session, running_jobs
 
 
-SILENT = 60.0  # seconds; a site sends a sign of life every few
+SILENT = 60.0  # seconds; a site of NVFlare sends a sign of life every 10
 
 
 def main(argv: list[str] | None = None):

@@ -63,7 +63,7 @@ def _text_cells(path: str, suffix: str) -> dict:
             f"its first row has more cells than there are columns: {', '.join(head.columns)}. Name them all in the first line"
         )
     features = Features({column: Value("string") for column in head.columns})
-    return {**options, "na_filter": False, "index_col": False, "features": features}
+    return {**options, "na_filter": False, "features": features}
 
 
 def _compression(path: str) -> str | None:

@@ -33,7 +33,7 @@ from .texts import (
     token_lengths,
     trained_tokens,
     without_other_forms,
-)  # fmt: skip
+)
 from .tokenizers import align_model, prepare_tokenizer
 
 

@@ -55,7 +55,13 @@ class TrainingPlan:
 
     @classmethod
     def of(cls, args: FedBiOTConfig, completion_only_loss: bool | None = None) -> "TrainingPlan":
-        """The plan of a run that is configured so, and in which completions alone count if that is left open."""
+        """
+        The plan of a run.
+
+        Args:
+            args ([`FedBiOTConfig`]): Its configuration.
+            completion_only_loss (`bool`, *optional*): Whether completions alone count where `args` leaves that open.
+        """
         values = args.to_dict()
         if values["completion_only_loss"] is None:
             values["completion_only_loss"] = completion_only_loss

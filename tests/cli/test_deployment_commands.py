@@ -183,6 +183,7 @@ def test_kits_that_cannot_be(tmp_path, changes, error):
     changes = {"host": "localhost", "port": 8002, **changes}
     with pytest.raises(ValueError, match=error):
         provision(tmp_path / changes.pop("folder", "kits"), sites=["clinic"], **changes)
+    assert list(tmp_path.iterdir()) == []  # kits that are there are left as they are
 
 
 @needs_nvflare

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedbiot_trainer.cli import serve, status
+from fedbiot_trainer.cli.main import main
 from fedbiot_trainer.engines.nvflare.administrator import LOG, ServedRun
 
 
@@ -84,3 +85,21 @@ def test_a_site_that_is_silent_is_not_called_connected():
     assert status._connection(time.time()).startswith("connected, last heard of at 20")
     assert status._connection(time.time() - 120).startswith("not heard of for more than a minute, last heard of at 20")
     assert status._connection(None) == "not heard of for more than a minute, last heard of at an unknown time"
+
+
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        (
+            ["--model_name_or_path", "/nowhere/model"],
+            "`model_name_or_path` is '/nowhere/model', but there is no such folder",
+        ),
+        (["--dataset_name", "a.jsonl"], "`dataset_name` is a.jsonl, but the clients have their text at their sites"),
+    ],
+    ids=["model", "text"],
+)
+def test_a_run_that_cannot_be_is_refused_before_anything_is_imported(flags, error, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fedbiot_trainer.cli.serve", None)  # which cannot be imported then
+    with pytest.raises(SystemExit):
+        main(["serve", "--kit", "kit", "--public_dataset_name", "org/public", *flags])
+    assert f"fedbiot serve: error: {error}" in capsys.readouterr().err

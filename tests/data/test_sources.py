@@ -63,6 +63,8 @@ def test_tables_with_a_cell_more_than_columns(tmp_path, rows):
     """Of which pandas would make names of rows, and shift all cells."""
     with pytest.raises(ValueError, match=r"first row has more cells than there are columns: prompt, completion"):
         read(tmp_path, "a.csv", f"prompt,completion\n{rows}\n")
+    with pytest.raises(ValueError, match="Expected 2 fields in line 3, saw 3"):
+        read(tmp_path, "a.csv", "prompt,completion\nQ1,A1\nQ2,A2,note\n")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "pretty.json", "a.jsonl.gz"])

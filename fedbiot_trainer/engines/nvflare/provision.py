@@ -82,9 +82,7 @@ def provision(
         raise ValueError(f"`port` is {port}, but ports are 1 to {MAX_PORT}.")
     folder = Path(folder).absolute()
     check_kit_path(folder, "output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
     project = project_of(host, port, sites, administrator)
-    (folder / PROJECT_FILE).write_text(yaml.safe_dump(project, sort_keys=False))
     try:
         participants = prepare_project(project)
     except ValueError as error:
@@ -92,6 +90,8 @@ def provision(
             f"`host` '{host}' or `administrator` '{administrator}' cannot be: {error}. The first is a host's name or an IP "
             "address, the second is written as an email address."
         ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROJECT_FILE).write_text(yaml.safe_dump(project, sort_keys=False))
     context = Provisioner(str(folder), prepare_builders(project), prepare_packager(project)).provision(participants)
     made = context.get(CtxKey.CURRENT_PROD_DIR)
     if context.get(CtxKey.BUILD_ERROR) or made is None:
